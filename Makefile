@@ -1,0 +1,59 @@
+# make install | train | test | lint | clean; README.md says what each does.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+RECIPE ?= dlrm
+OUT ?= runs/$(RECIPE)
+NPROC ?= 2
+DATA ?=
+STEPS ?=
+ARGS ?=
+# CUDA where a driver answers, else CPU; make install DEVICE=cpu overrules it.
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+TORCHREC := torchrec==1.8.0
+# torchx starts the torchrun that it finds first
+export PATH := $(BIN):$(PATH)
+
+.PHONY: install train test lint clean
+
+install: $(VENV)/installed-$(DEVICE)
+
+train: install
+	torchx run -s local_cwd shardemb.train -j "1x$(NPROC)" --recipe "$(RECIPE)" -- --out "$(OUT)" \
+	  $(if $(DATA),--data "$(DATA)") $(if $(STEPS),--steps "$(STEPS)") $(ARGS)
+
+test: $(VENV)/installed-dev
+	python -m pytest
+
+lint: $(VENV)/installed-dev
+	ruff check .
+	ruff format --check .
+	mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v[:2] != (3, 11) and "shardemb is tested on Python 3.11, $(PYTHON) is %d.%d; try make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# TorchRec's wheel asks for fbgemm-gpu, the CUDA build, which breaks fbgemm-gpu-cpu; so on CPU it comes
+# without its dependencies, which pyproject.toml lists.
+$(VENV)/installed-cpu: pyproject.toml | $(VENV)/bin/python
+	@echo "installing for CPU into $(VENV) (a minute or two)"
+	$(PIP) --no-deps "$(TORCHREC)"
+	$(PIP) --editable ".[cpu]"
+	@rm -f $(VENV)/installed-*
+	@touch $@
+
+$(VENV)/installed-cuda: pyproject.toml | $(VENV)/bin/python
+	@echo "installing for CUDA into $(VENV) (several GB, some minutes)"
+	$(PIP) --editable ".[cuda]"
+	@rm -f $(VENV)/installed-*
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed-$(DEVICE)
+	$(PIP) --editable ".[$(DEVICE),dev]"
+	@touch $@
