@@ -1,0 +1,49 @@
+"""Sharded embedding tables on TorchRec: the same script on a laptop and on a cluster."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardemb.checkpoint import load_checkpoint as load_checkpoint
+    from shardemb.checkpoint import save_checkpoint as save_checkpoint
+    from shardemb.config import TableConfig as TableConfig
+    from shardemb.data.batches import keyed_jagged_tensor as keyed_jagged_tensor
+    from shardemb.env import Env as Env
+    from shardemb.env import init_distributed as init_distributed
+    from shardemb.modules.embedding_bag import EmbeddingBagCollection as EmbeddingBagCollection
+    from shardemb.optim.build import build_optimizer as build_optimizer
+    from shardemb.pipeline import TrainPipeline as TrainPipeline
+    from shardemb.placement import ShardingPlan as ShardingPlan
+    from shardemb.plan import plan_sharding as plan_sharding
+    from shardemb.shard import shard_modules as shard_modules
+
+__version__ = "0.1.0"
+
+# Imported when first used: torch and TorchRec take seconds, and a login node may have neither.
+_HOME = {
+    "Env": "shardemb.env",
+    "EmbeddingBagCollection": "shardemb.modules.embedding_bag",
+    "ShardingPlan": "shardemb.placement",
+    "TableConfig": "shardemb.config",
+    "TrainPipeline": "shardemb.pipeline",
+    "build_optimizer": "shardemb.optim.build",
+    "init_distributed": "shardemb.env",
+    "keyed_jagged_tensor": "shardemb.data.batches",
+    "load_checkpoint": "shardemb.checkpoint",
+    "plan_sharding": "shardemb.plan",
+    "save_checkpoint": "shardemb.checkpoint",
+    "shard_modules": "shardemb.shard",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'shardemb' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

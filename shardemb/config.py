@@ -1,0 +1,128 @@
+"""What a table is: its rows, features, optimizer and first values. Not where it lies."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shardemb.init import Init, Uniform
+from shardemb.optim import RowWiseAdagrad, SparseOptimizer
+
+MAX_NUM_EMBEDDINGS = 2**31 - 1  # FBGEMM holds row numbers of a table in 32 bits on some paths
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """One embedding table, with TorchRec's field names.
+
+    Attributes:
+        name: Name of the table, unique in a model; checkpoints and initial rows go by it.
+        num_embeddings: Number of rows.
+        embedding_dim: Number of columns, a multiple of 4 (FBGEMM's kernels read four floats at a
+            time).
+        feature_names: Keys of the batch that look up here. Several features may share one table.
+        pooling: How the rows of a bag are pooled: "sum" or "mean". An empty bag is a row of zeros.
+        optimizer: How looked-up rows are updated.
+        init: First values; by default uniform within 1 / sqrt(num_embeddings), as in TorchRec.
+
+    Raises:
+        ValueError: A field is out of its range.
+
+    Example:
+        >>> user = TableConfig(
+        ...     name="user", num_embeddings=1000, embedding_dim=64, feature_names=("user_id",)
+        ... )
+        >>> user.weight_bytes
+        256000
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    feature_names: tuple[str, ...]
+    pooling: Literal["sum", "mean"] = "sum"
+    optimizer: SparseOptimizer = field(default_factory=lambda: RowWiseAdagrad(lr=0.01))
+    init: Init | None = None
+
+    def __post_init__(self) -> None:
+        table = f"table {self.name!r}"
+        if not isinstance(self.name, str) or not self.name or "." in self.name:
+            raise ValueError(f"{table}: name must be a non-empty string without dots")
+        for name, value in (
+            ("num_embeddings", self.num_embeddings),
+            ("embedding_dim", self.embedding_dim),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{table}: {name} must be a positive integer, got {value!r}")
+        if self.num_embeddings > MAX_NUM_EMBEDDINGS:
+            raise ValueError(
+                f"{table}: num_embeddings must be at most {MAX_NUM_EMBEDDINGS}, got "
+                f"{self.num_embeddings}; "
+                "hash the ids into fewer rows"
+            )
+        if self.embedding_dim % 4:
+            raise ValueError(
+                f"{table}: embedding_dim must be a positive multiple of 4, got "
+                f"{self.embedding_dim}; "
+                f"use {self.embedding_dim + -self.embedding_dim % 4}"
+            )
+        self._check_features(table)
+        if self.pooling not in {"sum", "mean"}:
+            raise ValueError(f"{table}: pooling must be 'sum' or 'mean', got {self.pooling!r}")
+        if not isinstance(self.optimizer, SparseOptimizer):
+            raise ValueError(
+                f"{table}: optimizer must be one of shardemb.optim, such as "
+                "optim.RowWiseAdagrad(lr=0.01), "
+                f"got {self.optimizer!r}"
+            )
+        if self.init is not None and not isinstance(self.init, Init):
+            raise ValueError(
+                f"{table}: init must be one of shardemb.init, such as init.Normal(std=0.01), got "
+                f"{self.init!r}"
+            )
+
+    def _check_features(self, table: str) -> None:
+        if isinstance(self.feature_names, str):
+            raise ValueError(
+                f"{table}: feature_names must be a tuple of names, got the string "
+                f"{self.feature_names!r}; "
+                f"use ({self.feature_names!r},)"
+            )
+        object.__setattr__(self, "feature_names", tuple(self.feature_names))
+        if not self.feature_names or not all(isinstance(f, str) and f for f in self.feature_names):
+            raise ValueError(
+                f"{table}: feature_names must hold at least one name, got {self.feature_names!r}"
+            )
+        if len(set(self.feature_names)) != len(self.feature_names):
+            raise ValueError(
+                f"{table}: feature_names names a feature twice: {self.feature_names!r}"
+            )
+
+    @property
+    def first_values(self) -> Init:
+        """`init`, or its default."""
+        if self.init is not None:
+            return self.init
+        bound = 1.0 / math.sqrt(self.num_embeddings)
+        return Uniform(low=-bound, high=bound)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the whole table's weights."""
+        return 4 * self.num_embeddings * self.embedding_dim
+
+
+def check_tables(tables: tuple[TableConfig, ...]) -> None:
+    """Checks that tables can live in one collection.
+
+    Args:
+        tables: The tables.
+
+    Raises:
+        ValueError: There are none, or two have one name.
+    """
+    if not tables:
+        raise ValueError("a collection needs at least one table, got none")
+    names = [table.name for table in tables]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"table {twice[0]!r} is declared twice; give each table a name of its own")

@@ -1,0 +1,148 @@
+"""Who am I: rank, device and process group. The only reader of `os.environ`."""
+
+import atexit
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+_SET_BY_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Env:
+    """One process among many.
+
+    Build it by hand to plan for a machine that is not here: `Env(rank=0, world_size=64,
+    num_nodes=8, ...)`.
+
+    Attributes:
+        rank: Number of this process among all, 0 to world_size - 1.
+        local_rank: Number of this process on its node.
+        world_size: Number of processes.
+        num_nodes: Number of nodes, each with the same number of processes.
+        device: Where this process computes.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    num_nodes: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - it is immutable
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1 or self.num_nodes < 1 or self.world_size % self.num_nodes:
+            raise ValueError(
+                f"world_size must be a positive multiple of num_nodes, got world_size="
+                f"{self.world_size} and num_nodes={self.num_nodes}; give every node the same "
+                "number of ranks"
+            )
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must be in 0..{self.world_size - 1}, got {self.rank}")
+
+    @property
+    def local_world_size(self) -> int:
+        """Number of processes on each node."""
+        return self.world_size // self.num_nodes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes the files that all share."""
+        return self.rank == 0
+
+
+def init_distributed(*, device: str | None = None, timeout_s: float = 1800.0) -> Env:
+    """Joins the process group that torchrun or torchx started, or starts one of a single rank.
+
+    CPU tensors go through gloo; on CUDA, CUDA tensors go through NCCL. Calling it again returns the
+    same `Env`.
+
+    Args:
+        device: "cpu" or "cuda"; by default CUDA where there is a device, else the CPU.
+        timeout_s: Seconds after which a collective that a rank does not join is an error.
+
+    Returns:
+        The environment of this process.
+
+    Raises:
+        RuntimeError: The launcher's variables are incomplete, or CUDA is asked for where there is
+            none.
+        ValueError: `device` is neither "cpu" nor "cuda".
+
+    Example:
+        >>> init_distributed(device="cpu").world_size
+        1
+    """
+    if device not in {None, "cpu", "cuda"}:
+        raise ValueError(f"device must be 'cpu', 'cuda' or None, got {device!r}")
+    rank, local_rank, world_size, local_world_size = _launched_as()
+    chosen = _device(device, local_rank)
+    env = Env(
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+        num_nodes=max(1, world_size // local_world_size),
+        device=chosen,
+    )
+    if not dist.is_initialized():
+        _start(env, timedelta(seconds=timeout_s), launched="RANK" in os.environ)
+    return env
+
+
+def _launched_as() -> tuple[int, int, int, int]:
+    given = [name for name in _SET_BY_LAUNCHER if name in os.environ]
+    if not given:
+        return 0, 0, 1, 1
+    missing = [name for name in _SET_BY_LAUNCHER if name not in os.environ]
+    if missing:
+        raise RuntimeError(
+            f"the environment has {', '.join(given)} but not {', '.join(missing)}; "
+            "start with torchrun or torchx, which set all four, or unset them to run on one rank"
+        )
+    values = []
+    for name in _SET_BY_LAUNCHER:
+        try:
+            values.append(int(os.environ[name]))
+        except ValueError:
+            raise RuntimeError(
+                f"environment variable {name} must be an integer, got {os.environ[name]!r}"
+            ) from None
+    rank, local_rank, world_size, local_world_size = values
+    if local_world_size < 1 or world_size % local_world_size:
+        raise RuntimeError(
+            f"WORLD_SIZE={world_size} is not a multiple of LOCAL_WORLD_SIZE={local_world_size}; "
+            "give every node the same number of ranks"
+        )
+    return rank, local_rank, world_size, local_world_size
+
+
+def _device(asked: str | None, local_rank: int) -> torch.device:
+    if asked == "cpu" or (asked is None and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= num_devices:
+        raise RuntimeError(
+            f"local rank {local_rank} needs CUDA device {local_rank}, this node has {num_devices}; "
+            "start fewer ranks on a node, or use device='cpu'"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _start(env: Env, timeout: timedelta, *, launched: bool) -> None:
+    backend = "gloo" if env.device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if env.device.type == "cuda":
+        torch.cuda.set_device(env.device)
+    if launched:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    atexit.register(_stop)
+
+
+def _stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,64 @@
+"""Numbers and tables for people to read."""
+
+from collections.abc import Sequence
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes in binary units, three digits.
+
+    Example:
+        >>> format_bytes(256_000), format_bytes(3 * 2**30)
+        ('250 KiB', '3.00 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if num_bytes < 1000 or unit == "TiB":
+            break
+        num_bytes /= 1024
+    if unit == "B" or num_bytes >= 100:
+        return f"{num_bytes:.0f} {unit}"
+    return f"{num_bytes:.3g} {unit}" if num_bytes >= 10 else f"{num_bytes:.2f} {unit}"
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as a person says them.
+
+    Example:
+        >>> format_duration(7.2), format_duration(95), format_duration(7300)
+        ('7 s', '1:35', '2:01:40')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def format_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()
+) -> str:
+    """Aligned columns under a header.
+
+    Args:
+        header: A name for each column.
+        rows: The cells.
+        right: Columns that stand to the right, as numbers should.
+
+    Returns:
+        Lines without a trailing newline.
+
+    Example:
+        >>> print(format_table(("name", "n"), [("a", "10"), ("bcd", "2")], right=(1,)))
+        name   n
+        a     10
+        bcd    2
+    """
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = []
+    for row in (header, *rows):
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

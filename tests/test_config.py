@@ -1,0 +1,77 @@
+"""Tables and optimizers refuse what they cannot be."""
+
+from typing import Any, cast
+
+import pytest
+
+from shardemb import TableConfig, optim
+from shardemb.config import check_tables
+
+GOOD: dict[str, Any] = {
+    "name": "user",
+    "num_embeddings": 10,
+    "embedding_dim": 8,
+    "feature_names": ("user_id",),
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"name": ""}, "name must be a non-empty string without dots"),
+        ({"name": "a.b"}, "table 'a.b': name must be a non-empty string without dots"),
+        ({"num_embeddings": 0}, "table 'user': num_embeddings must be a positive integer, got 0"),
+        ({"num_embeddings": 1.5}, "num_embeddings must be a positive integer, got 1.5"),
+        ({"num_embeddings": 2**31}, "num_embeddings must be at most 2147483647, got 2147483648"),
+        ({"embedding_dim": 30}, "embedding_dim must be a positive multiple of 4, got 30; use 32"),
+        ({"embedding_dim": -4}, "embedding_dim must be a positive integer, got -4"),
+        ({"feature_names": "user_id"}, r"got the string 'user_id'; use \('user_id',\)"),
+        ({"feature_names": ()}, "feature_names must hold at least one name"),
+        ({"feature_names": ("a", "a")}, "feature_names names a feature twice"),
+        ({"pooling": "max"}, "pooling must be 'sum' or 'mean', got 'max'"),
+        ({"optimizer": "adagrad"}, "optimizer must be one of shardemb.optim"),
+        ({"init": 0.5}, "init must be one of shardemb.init"),
+    ],
+)
+def test_a_bad_table_is_refused_by_name(changed: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        TableConfig(**GOOD | changed)
+
+
+def test_an_unknown_field_is_refused() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rows'"):
+        TableConfig(**GOOD | {"rows": 5})
+
+
+def test_default_init_is_uniform_within_one_over_root_of_rows() -> None:
+    init = TableConfig(**GOOD | {"num_embeddings": 100}).first_values
+    assert (init.low, init.high) == (-0.1, 0.1)  # type: ignore[union-attr]
+
+
+def test_tables_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="table 'user' is declared twice"):
+        check_tables((TableConfig(**GOOD), TableConfig(**GOOD)))
+    with pytest.raises(ValueError, match="at least one table, got none"):
+        check_tables(())
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: optim.SGD(lr=0), "SGD: lr must be a positive number, got 0"),
+        (lambda: optim.Adagrad(lr=0.1, eps=-1e-8), "Adagrad: eps must be a positive number"),
+        (lambda: optim.RowWiseAdagrad(lr=float("nan")), "RowWiseAdagrad: lr must be a positive"),
+        (
+            lambda: optim.RowWiseAdagrad(lr=cast("float", "0.1")),
+            "lr must be a positive number, got '0.1'",
+        ),
+    ],
+)
+def test_a_bad_optimizer_is_refused_by_name(make: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+def test_an_option_that_no_kernel_honours_does_not_exist() -> None:
+    with pytest.raises(TypeError, match="weight_decay"):
+        optim.SGD(lr=0.1, weight_decay=0.01)  # type: ignore[call-arg]
