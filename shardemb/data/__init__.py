@@ -1,0 +1,1 @@
+"""Readers of click logs and their batches. Imports nothing by itself."""
