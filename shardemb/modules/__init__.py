@@ -1,0 +1,1 @@
+"""Embedding collections: TorchRec's modules, made from our tables."""

@@ -1,0 +1,133 @@
+"""A sharding plan as a value, as text and as JSON. How one is made is in `plan.py`."""
+
+import json
+from dataclasses import asdict, dataclass
+
+from torchrec.distributed.types import ShardingPlan as TorchRecShardingPlan
+
+from shardemb.text import format_bytes, format_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A block of a table's rows on one rank.
+
+    Attributes:
+        rank: The rank that holds it.
+        first_row: Its first row in the table.
+        num_rows: Number of its rows.
+        weight_bytes: Bytes of its weights.
+        optimizer_bytes: Bytes of its optimizer state.
+    """
+
+    rank: int
+    first_row: int
+    num_rows: int
+    weight_bytes: int
+    optimizer_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablePlacement:
+    """Where one table lies.
+
+    Attributes:
+        table: Name of the table.
+        module: Path of its collection in the model; "" where the model is the collection.
+        num_embeddings: Number of rows.
+        embedding_dim: Number of columns.
+        layout: "row_wise" or "table_wise".
+        why: Who chose the layout.
+        optimizer: Name of its sparse optimizer.
+        shards: Its blocks, by rank.
+    """
+
+    table: str
+    module: str
+    num_embeddings: int
+    embedding_dim: int
+    layout: str
+    why: str
+    optimizer: str
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingPlan:
+    """Which rank holds which rows of which table.
+
+    Attributes:
+        world_size: Number of ranks that it is for.
+        tables: One placement for each table.
+        torchrec: The same as TorchRec's own plan, for `DistributedModelParallel`.
+    """
+
+    world_size: int
+    tables: tuple[TablePlacement, ...]
+    torchrec: TorchRecShardingPlan
+
+    def bytes_on(self, rank: int) -> int:
+        """Bytes of weights and optimizer state on a rank."""
+        shards = [shard for table in self.tables for shard in table.shards if shard.rank == rank]
+        return sum(shard.weight_bytes + shard.optimizer_bytes for shard in shards)
+
+    def to_json(self) -> str:
+        """The plan as JSON: `world_size`, `tables` and `bytes_per_rank`."""
+        plan = {
+            "world_size": self.world_size,
+            "tables": [asdict(table) for table in self.tables],
+            "bytes_per_rank": [self.bytes_on(rank) for rank in range(self.world_size)],
+        }
+        return json.dumps(plan, indent=2)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                table.table,
+                f"{table.num_embeddings:,} x {table.embedding_dim}",
+                table.layout,
+                _ranges([shard.rank for shard in table.shards]),
+                format_bytes(sum(shard.weight_bytes for shard in table.shards)),
+                format_bytes(sum(shard.optimizer_bytes for shard in table.shards)),
+                format_bytes(
+                    max(shard.weight_bytes + shard.optimizer_bytes for shard in table.shards)
+                ),
+                table.optimizer,
+                table.why,
+            )
+            for table in self.tables
+        ]
+        header = (
+            "table",
+            "rows x dim",
+            "layout",
+            "ranks",
+            "weights",
+            "state",
+            "per rank",
+            "optimizer",
+            "chosen by",
+        )
+        totals = [self.bytes_on(rank) for rank in range(self.world_size)]
+        busiest = max(range(self.world_size), key=totals.__getitem__)
+        mean = sum(totals) / self.world_size
+        lines = [format_table(header, rows, right=(1, 4, 5, 6))]
+        if self.world_size <= 16:
+            lines += [f"rank {rank}: {format_bytes(total)}" for rank, total in enumerate(totals)]
+        lines.append(
+            f"in all {format_bytes(sum(totals))}; most on rank {busiest}: "
+            f"{format_bytes(totals[busiest])}, "
+            f"{totals[busiest] / mean:.2f} times the mean"
+        )
+        return "\n".join(lines)
+
+
+def _ranges(ranks: list[int]) -> str:
+    """Ranks in few characters: [0, 1, 2, 5] is '0-2,5'."""
+    runs: list[list[int]] = []
+    for rank in sorted(set(ranks)):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,205 @@
+"""Puts a plan into effect: shards collections, sets the first values, guards the ids."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torchrec
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv
+from torchrec.modules.embedding_configs import PoolingType
+
+from shardemb.agree import all_or_none
+from shardemb.data.id_guard import CheckedForward, FeatureLimit, IdGuard
+from shardemb.env import Env
+from shardemb.init import Uniform
+from shardemb.modules.embedding_bag import FirstValues
+from shardemb.placement import ShardingPlan
+from shardemb.plan import Sharder, find_collections
+
+_ROWS_AT_ONCE = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """Where the first values of a table come from: drawn, or a weight that the model holds."""
+
+    drawn: FirstValues | None
+    held: torch.Tensor | None
+
+
+def shard_modules(
+    model: nn.Module, plan: ShardingPlan, env: Env, *, check_ids: bool = True
+) -> DistributedModelParallel:
+    """Shards a model's collections by a plan and makes the rest data parallel, in place.
+
+    Rows get the first values that their tables declare, whatever the layout. A collection that
+    already holds weights keeps those of rank 0, as `DistributedDataParallel` does for dense
+    parameters.
+
+    Args:
+        model: The model that the plan was made for.
+        plan: Of `plan_sharding`, equal on all ranks.
+        env: This process.
+        check_ids: Whether every forward refuses ids that a table does not have. On CUDA the check
+            waits for the device; turn it off there when batches are checked where they are made.
+
+    Returns:
+        TorchRec's `DistributedModelParallel` around the model.
+
+    Raises:
+        ValueError: The plan is for another number of ranks or another model, or a TorchRec table
+            has an `init_fn` that cannot be drawn shard by shard.
+        RuntimeError: The ranks have different plans, or sharding failed on another rank.
+    """
+    with all_or_none(env, "sharding the model"):
+        if plan.world_size != env.world_size:
+            raise ValueError(
+                f"the plan is for {plan.world_size} ranks, this run has {env.world_size}; plan "
+                "again with this env"
+            )
+        collections = find_collections(model)
+        planned = {(table.module, table.table) for table in plan.tables}
+        found = {
+            (path, name) for path, module in collections.items() for name in module.embedding_bags
+        }
+        if planned != found:
+            raise ValueError(
+                "the plan and the model differ in tables "
+                f"{sorted(name for _, name in planned ^ found)}; "
+                "plan again for this model"
+            )
+        origins = {path: _origins(collection) for path, collection in collections.items()}
+        limits = {path: _limits(collection) for path, collection in collections.items()}
+    _check_same_plan(plan, env)
+    with _left_unfilled(collections.values()):
+        sharded = DistributedModelParallel(
+            module=model,
+            env=ShardingEnv.from_process_group(dist.group.WORLD),
+            device=env.device,
+            plan=plan.torchrec,
+            sharders=[Sharder()],
+        )
+    for path, module in sharded.module.named_modules():
+        if isinstance(module, ShardedEmbeddingBagCollection):
+            _set_first_values(module, origins[path], env)
+            _keep_means_apart(module)
+            if check_ids:
+                module.register_forward_pre_hook(CheckedForward(IdGuard(limits[path])))
+    return sharded
+
+
+def _check_same_plan(plan: ShardingPlan, env: Env) -> None:
+    plans: list[str] = [""] * env.world_size
+    dist.all_gather_object(plans, plan.to_json())
+    other = next((rank for rank, text in enumerate(plans) if text != plans[0]), None)
+    if other is not None:
+        raise RuntimeError(
+            f"rank {other} has another plan than rank 0; make the plan from the same tables and "
+            "layouts on every rank"
+        )
+
+
+def _origins(collection: torchrec.EmbeddingBagCollection) -> dict[str, _Origin]:
+    origins = {}
+    for config in collection.embedding_bag_configs():
+        weight = collection.embedding_bags[config.name].weight
+        if not weight.is_meta:
+            origins[config.name] = _Origin(drawn=None, held=weight.detach())
+        elif isinstance(config.init_fn, FirstValues):
+            origins[config.name] = _Origin(drawn=config.init_fn, held=None)
+        elif getattr(config.init_fn, "func", None) is nn.init.uniform_:  # TorchRec's default
+            default = Uniform(low=config.get_weight_init_min(), high=config.get_weight_init_max())
+            origins[config.name] = _Origin(
+                drawn=FirstValues(config.name, default, seed=0), held=None
+            )
+        else:
+            raise ValueError(
+                f"table {config.name!r} is on meta and has an init_fn of its own, which cannot be "
+                "drawn shard by shard; "
+                "build the collection on 'cpu', and its weights are carried over, or use "
+                "shardemb.init"
+            )
+    return origins
+
+
+def _keep_means_apart(module: ShardedEmbeddingBagCollection) -> None:
+    """Keeps row-wise mean pooling off the features of other tables.
+
+    A row-wise mean is summed on each shard and divided afterwards. TorchRec 1.6 and 1.8 divide all
+    features of the collection but those of row-wise sum tables: table-wise features too, which are
+    complete already.
+    """
+    row_wise = module._pooling_type_to_rs_features
+    means = set(row_wise[PoolingType.MEAN.value])
+    features = [
+        feature
+        for names in module._table_name_to_config.values()
+        for feature in names.feature_names
+    ]
+    row_wise[PoolingType.SUM.value] = [feature for feature in features if feature not in means]
+
+
+@contextmanager
+def _left_unfilled(collections: Iterable[torchrec.EmbeddingBagCollection]) -> Iterator[None]:
+    """Keeps TorchRec from filling shards; it tells no `init_fn` which rows a shard holds."""
+    configs = [
+        config for collection in collections for config in collection.embedding_bag_configs()
+    ]
+    fills = [config.init_fn for config in configs]
+    for config in configs:
+        config.init_fn = lambda _: None
+    try:
+        yield
+    finally:
+        for config, fill in zip(configs, fills, strict=True):
+            config.init_fn = fill
+
+
+@torch.no_grad()
+def _set_first_values(
+    module: ShardedEmbeddingBagCollection, origins: dict[str, _Origin], env: Env
+) -> None:
+    state = module.state_dict()
+    for name, origin in origins.items():
+        weight: ShardedTensor = state[f"embedding_bags.{name}.weight"]
+        if origin.held is not None:
+            _scatter_from_main(origin.held, weight, env)
+            continue
+        assert origin.drawn is not None
+        for shard in weight.local_shards():
+            first_row, first_column = shard.metadata.shard_offsets
+            origin.drawn.fill(
+                shard.tensor,
+                first_row=first_row,
+                first_column=first_column,
+                embedding_dim=weight.metadata().size[1],
+            )
+
+
+def _scatter_from_main(held_RD: torch.Tensor, weight: ShardedTensor, env: Env) -> None:
+    """Copies rank 0's whole table into the shards, some rows at a time."""
+    for start in range(0, held_RD.shape[0], _ROWS_AT_ONCE):
+        rows = held_RD[start : start + _ROWS_AT_ONCE].to(env.device, copy=True)
+        dist.broadcast(rows, src=0)
+        for shard in weight.local_shards():
+            first, column = shard.metadata.shard_offsets
+            num_rows, num_columns = shard.metadata.shard_sizes
+            low, high = max(first, start), min(first + num_rows, start + len(rows))
+            if low < high:
+                shard.tensor[low - first : high - first].copy_(
+                    rows[low - start : high - start, column : column + num_columns]
+                )
+
+
+def _limits(collection: torchrec.EmbeddingBagCollection) -> list[FeatureLimit]:
+    return [
+        FeatureLimit(feature=feature, table=config.name, num_embeddings=config.num_embeddings)
+        for config in collection.embedding_bag_configs()
+        for feature in config.feature_names
+    ]

@@ -1,0 +1,142 @@
+"""Plans: made without processes, exact where named, refused where impossible."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import torchrec
+from torch import nn
+from torchrec import EmbeddingBagConfig
+
+import shardemb as se
+from shardemb import layouts, optim
+from shardemb.env import Env
+from shardemb.layouts import Layout
+
+
+def table(name: str, num_embeddings: int = 100, **changed: Any) -> se.TableConfig:
+    fields: dict[str, Any] = {
+        "name": name,
+        "num_embeddings": num_embeddings,
+        "embedding_dim": 8,
+        "feature_names": (name,),
+        "optimizer": optim.RowWiseAdagrad(lr=0.1),
+    }
+    return se.TableConfig(**fields | changed)
+
+
+def collection(*names: str) -> torchrec.EmbeddingBagCollection:
+    return se.EmbeddingBagCollection([table(name) for name in names])
+
+
+def test_named_layouts_are_honoured_exactly() -> None:
+    where: dict[str, Layout] = {"a": layouts.row_wise(), "b": layouts.table_wise(rank=2)}
+    plan = se.plan_sharding(collection("a", "b", "c"), Env(world_size=4, num_nodes=2), where)
+    a, b, c = plan.tables
+    assert [(s.rank, s.first_row, s.num_rows) for s in a.shards] == [
+        (0, 0, 25),
+        (1, 25, 25),
+        (2, 50, 25),
+        (3, 75, 25),
+    ]
+    assert [(s.rank, s.num_rows) for s in b.shards] == [(2, 100)]
+    assert (a.why, b.why, c.why) == ("you", "you", "planner")
+    assert b.shards[0].weight_bytes == 100 * 8 * 4
+    assert b.shards[0].optimizer_bytes == 100 * 4
+
+
+def test_uneven_rows_leave_the_last_rank_the_rest() -> None:
+    model = se.EmbeddingBagCollection([table("a", 10)])
+    plan = se.plan_sharding(model, Env(world_size=4), {"a": layouts.row_wise()})
+    assert [s.num_rows for s in plan.tables[0].shards] == [3, 3, 3, 1]
+
+
+def test_the_planner_balances_what_is_not_named() -> None:
+    names = [f"t{i}" for i in range(8)]
+    plan = se.plan_sharding(collection(*names), Env(world_size=4))
+    assert {t.layout for t in plan.tables} <= {"row_wise", "table_wise"}
+    assert max(plan.bytes_on(rank) for rank in range(4)) == min(plan.bytes_on(r) for r in range(4))
+    again = se.plan_sharding(collection(*names), Env(world_size=4, rank=3))
+    assert again.to_json() == plan.to_json()
+
+
+def test_a_plan_prints_and_dumps_what_it_says() -> None:
+    plan = se.plan_sharding(collection("a", "b"), Env(world_size=2), {"a": layouts.row_wise()})
+    text = str(plan)
+    assert "row_wise" in text
+    assert "rank 1: " in text
+    dumped = json.loads(plan.to_json())
+    assert dumped["world_size"] == 2
+    assert dumped["tables"][0]["shards"][1]["first_row"] == 50
+    assert dumped["bytes_per_rank"] == [plan.bytes_on(0), plan.bytes_on(1)]
+
+
+def test_a_thousand_ranks_need_no_processes() -> None:
+    model = se.EmbeddingBagCollection([table("a", 10_000_000)])
+    env = Env(world_size=1024, num_nodes=128, device=torch.device("cuda"))
+    plan = se.plan_sharding(model, env, {"a": layouts.row_wise()})
+    assert sum(s.num_rows for s in plan.tables[0].shards) == 10_000_000
+    assert "0-1023" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        (
+            {"usr": layouts.row_wise()},
+            "name table 'usr', the model has user, tiny; did you mean 'us",
+        ),
+        ({"user": "row_wise"}, "table 'user': the layout must come from shardemb.layouts"),
+        (
+            {"user": layouts.table_wise(rank=4)},
+            r"table 'user': table_wise\(rank=4\) is planned for 4 ranks; use a rank in 0..3",
+        ),
+        ({"tiny": layouts.row_wise()}, "table 'tiny': row_wise over 4 ranks leaves a rank without"),
+    ],
+)
+def test_an_impossible_layout_is_refused(where: dict[str, Any], text: str) -> None:
+    model = se.EmbeddingBagCollection([table("user"), table("tiny", 5)])
+    with pytest.raises(ValueError, match=text):
+        se.plan_sharding(model, Env(world_size=4), where)
+
+
+def test_a_negative_rank_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank must be a number from 0, got -1"):
+        layouts.table_wise(rank=-1)
+
+
+def test_a_model_without_tables_is_refused() -> None:
+    with pytest.raises(ValueError, match="Linear holds no unsharded EmbeddingBagCollection"):
+        se.plan_sharding(nn.Linear(1, 1), Env())
+
+
+def test_one_name_in_two_collections_is_refused() -> None:
+    model = nn.ModuleList([collection("a"), collection("a")])
+    with pytest.raises(ValueError, match="table 'a' is in two collections, the second is '1'"):
+        se.plan_sharding(model, Env())
+
+
+def test_a_torchrec_collection_without_optimizer_is_refused() -> None:
+    config = EmbeddingBagConfig(name="a", num_embeddings=10, embedding_dim=8, feature_names=["a"])
+    model = torchrec.EmbeddingBagCollection(tables=[config], device=torch.device("meta"))
+    with pytest.raises(ValueError, match="table 'a' has no optimizer"):
+        se.plan_sharding(model, Env())
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    tables = [table(f"t{i}", 2**31 - 1, embedding_dim=128) for i in range(4)]
+    with pytest.raises(RuntimeError, match="found no plan for 2 ranks"):
+        se.plan_sharding(se.EmbeddingBagCollection(tables), Env(world_size=2))
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"world_size": 3, "num_nodes": 2}, "world_size must be a positive multiple of num_nodes"),
+        ({"rank": 2, "world_size": 2}, r"rank must be in 0..1, got 2"),
+    ],
+)
+def test_an_impossible_env_is_refused(fields: dict[str, int], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Env(**fields)  # type: ignore[arg-type]
