@@ -1,0 +1,1 @@
+"""Plain models that take any embedding collection, sharded or not."""

@@ -1,0 +1,246 @@
+"""The training loop: every rank takes a step on its part of one global batch, or none does."""
+
+# B batch on this rank
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec import KeyedJaggedTensor
+
+from shardemb.agree import raise_on_all_ranks
+from shardemb.data.id_guard import CheckedForward, check_with_each, checks_of, trusted
+from shardemb.env import Env
+
+_FAILED, _ENDED, _SIZE, _SIZE_SQUARED, _LOSS = range(5)
+
+
+class TrainPipeline:
+    """Runs a model's training steps.
+
+    In every step the ranks exchange a few numbers, while the backward pass runs: the loss, and
+    whether each has its next batch, and of what size. So an error in one rank's loader, or a loader
+    that ends early, ends the run on all ranks before any of them waits for the others.
+
+    Args:
+        model: Of `shard_modules`. Its forward takes a batch and returns the loss, or a tuple that
+            begins with it: the mean over the samples of this rank, so that the ranks' mean is that
+            of the global batch.
+        optimizer: Of `build_optimizer`.
+        env: This process.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, env: Env) -> None:
+        self._model, self._optimizer, self._env = model, optimizer, env
+        self._checks = checks_of(model)
+
+    def run(
+        self, loader: Iterable[Any], num_steps: int, *, first_step: int = 0
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Trains until step `num_steps` or until the loader ends.
+
+        Args:
+            loader: Yields this rank's part of each global batch: anything with `.to(device)`, or a
+                dict, list or tuple of such. All parts of a global batch have the same size.
+            num_steps: The step after which to stop, counted from 0.
+            first_step: The number of the first step; above 0 after a checkpoint was loaded.
+
+        Yields:
+            The number of steps done, and the loss of the global batch before its update: a tensor
+            of no dimensions, so that reading it is what waits for the device.
+
+        Raises:
+            Exception: What this rank's loader raised.
+            RuntimeError: Another rank's loader failed or ended early, or the ranks' batches differ
+                in size.
+            ValueError: The model's forward returns no loss.
+        """
+        if first_step >= num_steps:
+            return
+        batches = iter(loader)
+        upcoming = _Upcoming(batches, self._checks, self._env)
+        upcoming.announce()
+        for step in range(first_step + 1, num_steps + 1):
+            batch = upcoming.agreed(step)
+            if batch is None:
+                return
+            self._model.train()
+            self._optimizer.zero_grad()
+            loss = _loss_of(self._forward(batch))
+            upcoming = _Upcoming(batches if step < num_steps else iter(()), self._checks, self._env)
+            upcoming.announce(loss.detach())
+            loss.backward()
+            self._optimizer.step()
+            yield step, upcoming.mean_loss
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """Runs the model over all batches of a loader and changes nothing.
+
+        Args:
+            loader: As for `run`.
+
+        Yields:
+            Each batch, on the device, and what the model's forward returned for it.
+
+        Raises:
+            Exception: What this rank's loader raised.
+            RuntimeError: Another rank's loader failed or ended early, or the ranks' batches differ
+                in size.
+        """
+        batches = iter(loader)
+        for step in itertools.count(1):
+            upcoming = _Upcoming(batches, self._checks, self._env)
+            upcoming.announce()
+            batch = upcoming.agreed(step)
+            if batch is None:
+                return
+            self._model.eval()
+            yield batch, self._forward(batch)
+
+    def _forward(self, batch: Any) -> Any:
+        with trusted(self._checks):
+            return self._model(batch)
+
+
+class _Upcoming:
+    """A batch that was fetched, and the other ranks' word on theirs."""
+
+    def __init__(self, batches: Iterator[Any], checks: Sequence[CheckedForward], env: Env) -> None:
+        self._env = env
+        self._error: Exception | None = None
+        self._batch: Any = None
+        self._mine = [0.0] * 5
+        self._sent: dist.Work | None = None
+        try:
+            self._batch = next(batches)
+            for leaf in _leaves(self._batch):
+                if isinstance(leaf, KeyedJaggedTensor):
+                    check_with_each(checks, leaf)
+            size = batch_size_of(self._batch)
+            self._mine[_SIZE], self._mine[_SIZE_SQUARED] = size, size**2
+            self._batch = _to_device(self._batch, env.device)
+        except StopIteration:
+            self._mine[_ENDED] = 1
+        except Exception as error:  # noqa: BLE001 - raised by `agreed`, on every rank
+            self._error = error
+            self._mine[_FAILED] = 1
+
+    def announce(self, loss: torch.Tensor | None = None) -> None:
+        """Sends word to the other ranks, with the loss of the batch before; does not wait."""
+        self._sum = torch.tensor(self._mine, dtype=torch.float64).to(self._env.device)
+        if loss is not None:
+            self._sum[_LOSS] = loss
+        if self._env.world_size > 1:
+            self._sent = dist.all_reduce(self._sum, async_op=True)
+
+    @property
+    def mean_loss(self) -> torch.Tensor:
+        """The mean of the losses that were announced, float64 of no dimensions."""
+        self._wait()
+        return self._sum[_LOSS] / self._env.world_size
+
+    def agreed(self, step: int) -> Any:
+        """The batch, or None when all ranks' loaders have ended.
+
+        Args:
+            step: Number of the step, for messages.
+
+        Returns:
+            The batch, on the device.
+
+        Raises:
+            RuntimeError: The ranks' loaders differ.
+        """
+        self._wait()
+        failed, ended, size, size_squared, _ = self._sum.tolist()
+        world_size = self._env.world_size
+        if failed:
+            raise_on_all_ranks(self._env, f"reading the batch of step {step}", self._error)
+        if ended == world_size:
+            return None
+        if ended:
+            raise RuntimeError(
+                f"the loaders of {ended:.0f} of {world_size} ranks ended before step {step}, that "
+                f"of rank {self._env.rank} {'ended' if self._mine[_ENDED] else 'goes on'}; "
+                "give every rank as many batches"
+            )
+        if size_squared * world_size != size**2:
+            raise RuntimeError(
+                f"the ranks' batches of step {step} differ in size, that of rank {self._env.rank} "
+                f"has {self._mine[_SIZE]:.0f} samples, the mean is {size / world_size:g}; split "
+                "the global batch evenly, as the mean over ranks would not be that over samples"
+            )
+        return self._batch
+
+    def _wait(self) -> None:
+        if self._sent is not None:
+            self._sent.wait()
+            self._sent = None
+
+
+def _loss_of(result: Any) -> torch.Tensor:
+    loss = result[0] if isinstance(result, tuple) else result
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise ValueError(
+            "the model's forward must return a loss, or a tuple that begins with one, got "
+            f"{type(loss).__name__}"
+        )
+    return loss
+
+
+def batch_size_of(batch: Any) -> int:
+    """The samples of a batch: of its first `KeyedJaggedTensor`, else of its first tensor.
+
+    Args:
+        batch: A tensor, a `KeyedJaggedTensor`, or a dataclass, dict, list or tuple that holds some.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        ValueError: There is neither.
+
+    Example:
+        >>> batch_size_of({"labels": torch.zeros(8)})
+        8
+    """
+    leaves = list(_leaves(batch))
+    for leaf in leaves:
+        if isinstance(leaf, KeyedJaggedTensor):
+            return int(leaf.stride())
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
+            return leaf.shape[0]
+    raise ValueError(
+        f"cannot tell the size of a batch of type {type(batch).__name__}; it holds neither a "
+        "KeyedJaggedTensor nor a tensor"
+    )
+
+
+def _leaves(batch: Any) -> Iterator[Any]:
+    if is_dataclass(batch) and not isinstance(batch, type):
+        for field in fields(batch):
+            yield from _leaves(getattr(batch, field.name))
+    elif isinstance(batch, dict):
+        for value in batch.values():
+            yield from _leaves(value)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from _leaves(value)
+    else:
+        yield batch
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if hasattr(batch, "to"):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {name: _to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_to_device(value, device) for value in batch)
+    return batch

@@ -1,0 +1,143 @@
+"""Checkpoints: exact, whole or absent, and refused where they do not fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchrec import KeyedJaggedTensor
+
+import shardemb as se
+from shardemb import layouts, optim
+from shardemb.checkpoint import latest_checkpoint
+from shardemb.env import Env
+from shardemb.layouts import Layout
+from tests.spmd import run_ranks, spmd
+
+
+class Model(nn.Module):
+    def __init__(self, tables: list[se.TableConfig]) -> None:
+        super().__init__()
+        self.collection = se.EmbeddingBagCollection(tables)
+        torch.manual_seed(0)
+        self.linear = nn.Linear(16, 1)
+
+    def forward(self, batch: KeyedJaggedTensor) -> torch.Tensor:
+        pooled = self.collection(batch)
+        logits_B1: torch.Tensor = self.linear(torch.cat([pooled["a"], pooled["b"]], 1))
+        return logits_B1.square().mean()
+
+
+def make_tables(num_embeddings: int = 40) -> list[se.TableConfig]:
+    return [
+        se.TableConfig(
+            name=name,
+            num_embeddings=num_embeddings,
+            embedding_dim=8,
+            feature_names=(name,),
+            optimizer=optim.RowWiseAdagrad(lr=0.1),
+        )
+        for name in ("a", "b")
+    ]
+
+
+def build(
+    env: Env, where: dict[str, Layout] | None = None, num_embeddings: int = 40
+) -> tuple[nn.Module, Any]:
+    model = Model(make_tables(num_embeddings))
+    where = where or {"a": layouts.row_wise(), "b": layouts.table_wise(rank=0)}
+    sharded = se.shard_modules(model, se.plan_sharding(model, env, where), env)
+    return sharded, se.build_optimizer(sharded, dense=lambda p: torch.optim.AdamW(p, lr=0.01))
+
+
+def batches(env: Env, first: int, last: int) -> list[KeyedJaggedTensor]:
+    size = 8 // env.world_size
+    made = []
+    for step in range(first, last):
+        ids = torch.randint(0, 40, (2, 8), generator=torch.Generator().manual_seed(step))
+        mine = ids[:, env.rank * size : (env.rank + 1) * size]
+        made.append(se.keyed_jagged_tensor({"a": mine[0], "b": mine[1]}, make_tables()))
+    return made
+
+
+def losses(model: nn.Module, optimizer: Any, env: Env, first: int, last: int) -> list[float]:
+    pipeline = se.TrainPipeline(model, optimizer, env)
+    return [
+        float(loss) for _, loss in pipeline.run(batches(env, first, last), last, first_step=first)
+    ]
+
+
+@spmd(world_size=2)
+def test_a_loaded_run_goes_on_bit_for_bit(env: Env, tmp_path: Path) -> None:
+    model, optimizer = build(env)
+    losses(model, optimizer, env, 0, 3)
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+    path = se.save_checkpoint(tmp_path / "3", model, optimizer, step=3, env=env)
+    expected = losses(model, optimizer, env, 3, 6)
+    loaded, its_optimizer = build(env)
+    fresh = losses(loaded, its_optimizer, env, 3, 6)
+    assert fresh != expected
+    loaded, its_optimizer = build(env)
+    assert se.load_checkpoint(path, loaded, its_optimizer, env=env) == 3
+    assert losses(loaded, its_optimizer, env, 3, 6) == expected
+    assert its_optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+    assert its_optimizer.param_groups[-1]["lr"] == pytest.approx(0.005)
+
+
+def save_for_others(env: Env, folder: str) -> None:
+    model, optimizer = build(env)
+    losses(model, optimizer, env, 0, 3)
+    se.save_checkpoint(Path(folder, "3"), model, optimizer, step=3, env=env)
+    Path(folder, "expected.json").write_text(json.dumps(losses(model, optimizer, env, 3, 6)))
+
+
+def load_from_others(env: Env, folder: str) -> None:
+    model, optimizer = build(env, {"a": layouts.table_wise(rank=0), "b": layouts.row_wise()})
+    assert se.load_checkpoint(Path(folder, "3"), model, optimizer, env=env) == 3
+    expected = json.loads(Path(folder, "expected.json").read_text())
+    torch.testing.assert_close(
+        torch.tensor(losses(model, optimizer, env, 3, 6)), torch.tensor(expected), atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_checkpoint_of_two_ranks_opens_at_other_sizes_and_layouts(
+    tmp_path: Path, world_size: int
+) -> None:
+    run_ranks(__name__, "save_for_others", 2, {"folder": str(tmp_path)})
+    run_ranks(__name__, "load_from_others", world_size, {"folder": str(tmp_path)})
+
+
+@spmd(world_size=2)
+def test_checkpoints_that_do_not_fit_are_refused(env: Env, tmp_path: Path) -> None:
+    model, optimizer = build(env)
+    losses(model, optimizer, env, 0, 1)
+    path = se.save_checkpoint(tmp_path / "1", model, optimizer, step=1, env=env)
+    before = path.stat().st_mtime_ns
+    with pytest.raises((FileExistsError, RuntimeError), match="save each checkpoint to a new fold"):
+        se.save_checkpoint(path, model, optimizer, step=1, env=env)
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(FileNotFoundError, match="nowhere is not a checkpoint: it has no shardemb"):
+        se.load_checkpoint(tmp_path / "nowhere", model, optimizer, env=env)
+    larger, its_optimizer = build(env, num_embeddings=50)
+    with pytest.raises(ValueError, match=r"a.weight' of shape \[40, 8\], the model of \[50, 8\]"):
+        se.load_checkpoint(path, larger, its_optimizer, env=env)
+
+
+@spmd(world_size=2)
+def test_a_broken_folder_is_not_the_latest(env: Env, tmp_path: Path) -> None:
+    model, optimizer = build(env)
+    losses(model, optimizer, env, 0, 1)
+    assert latest_checkpoint(tmp_path) is None
+    path = se.save_checkpoint(tmp_path / "9", model, optimizer, step=9, env=env)
+    torch.distributed.barrier()
+    if env.is_main:
+        (tmp_path / "10.partial").mkdir()
+        (tmp_path / "10.partial" / "shardemb.json").write_text((path / "shardemb.json").read_text())
+        (tmp_path / "11").mkdir()
+    torch.distributed.barrier()
+    assert latest_checkpoint(tmp_path) == path

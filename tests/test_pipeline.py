@@ -1,0 +1,182 @@
+"""The loop: the same at any world size, and one rank's trouble is every rank's, at once."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchrec import KeyedJaggedTensor
+
+import shardemb as se
+from shardemb import layouts, optim
+from shardemb.agree import OtherRankError
+from shardemb.data.click_log import CriteoLoader, open_click_log
+from shardemb.data.clicks import CATEGORY_NAMES
+from shardemb.data.generated import write_click_log
+from shardemb.env import Env
+from shardemb.pipeline import batch_size_of
+from shardemb.recipes.dlrm import Config, build_layouts, build_model
+from tests.spmd import run_ranks, spmd
+
+GOLDEN = Path(__file__).parent / "golden" / "dlrm_20_steps.json"
+TABLE = se.TableConfig(
+    name="t", num_embeddings=10, embedding_dim=4, feature_names=("t",), optimizer=optim.SGD(lr=0.1)
+)
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.collection = se.EmbeddingBagCollection([TABLE])
+
+    def forward(self, batch: KeyedJaggedTensor) -> torch.Tensor:
+        pooled_BD: torch.Tensor = self.collection(batch).values()
+        return pooled_BD.square().sum(1).mean()
+
+
+def small_pipeline(env: Env) -> tuple[nn.Module, se.TrainPipeline]:
+    model = Small()
+    sharded = se.shard_modules(model, se.plan_sharding(model, env, {"t": layouts.row_wise()}), env)
+    return sharded, se.TrainPipeline(sharded, se.build_optimizer(sharded), env)
+
+
+def unguarded(ids: list[int]) -> KeyedJaggedTensor:
+    return KeyedJaggedTensor(
+        keys=["t"], values=torch.tensor(ids), lengths=torch.ones(len(ids), dtype=torch.int64)
+    )
+
+
+def rows(model: nn.Module) -> torch.Tensor:
+    (shard,) = model.state_dict()["collection.embedding_bags.t.weight"].local_shards()
+    weight: torch.Tensor = shard.tensor.clone()
+    return weight
+
+
+def dlrm_losses(env: Env, folder: str) -> None:
+    """The losses of 20 steps of the recipe's model, written by rank 0."""
+    config = Config(num_embeddings=5000, batch_size=256)
+    model = build_model(config)
+    plan = se.plan_sharding(model, env, build_layouts(config))
+    sharded = se.shard_modules(model, plan, env)
+    optimizer = se.build_optimizer(sharded, dense=lambda p: torch.optim.AdamW(p, lr=1e-3))
+    split = open_click_log(Path(folder), env=env)
+    loader = CriteoLoader(
+        split.train, env=env, batch_size=256, num_embeddings_F=[5000] * len(CATEGORY_NAMES)
+    )
+    losses = [float(loss) for _, loss in se.TrainPipeline(sharded, optimizer, env).run(loader, 20)]
+    if env.is_main:
+        Path(folder, f"losses-{env.world_size}.json").write_text(json.dumps(losses))
+
+
+@pytest.mark.distributed
+def test_one_two_and_four_ranks_give_the_golden_loss_curve(tmp_path: Path) -> None:
+    """To make the file anew: delete it, run this test, look at what changed and why."""
+    write_click_log(tmp_path, num_train=4000, num_test=10, seed=0)
+    curves = {}
+    for world_size in (1, 2, 4):
+        run_ranks(__name__, "dlrm_losses", world_size, {"folder": str(tmp_path)})
+        curves[world_size] = json.loads((tmp_path / f"losses-{world_size}.json").read_text())
+    if not GOLDEN.exists():
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps([round(loss, 6) for loss in curves[1]], indent=1) + "\n")
+    golden = json.loads(GOLDEN.read_text())
+    assert len(set(golden)) == 20
+    assert golden[-1] < golden[0]
+    np.testing.assert_allclose(curves[1], golden, atol=1e-4)
+    np.testing.assert_allclose(curves[2], curves[1], atol=2e-6)
+    np.testing.assert_allclose(curves[4], curves[1], atol=2e-6)
+
+
+@spmd(world_size=2)
+def test_an_error_in_one_loader_ends_the_run_on_all_ranks(env: Env) -> None:
+    def loader() -> Iterator[KeyedJaggedTensor]:
+        yield unguarded([1, 2])
+        if env.rank == 1:
+            raise OSError("the disk is gone")
+        yield unguarded([3, 4])
+
+    _, pipeline = small_pipeline(env)
+    steps = pipeline.run(loader(), 5)
+    assert next(steps)[0] == 1
+    with pytest.raises(OSError if env.rank == 1 else OtherRankError) as caught:
+        next(steps)
+    assert "the disk is gone" in str(caught.value)
+    if env.rank == 0:
+        expected = "rank 1 failed while reading the batch of step 2: OSError: the disk is gone"
+        assert str(caught.value) == expected
+
+
+@spmd(world_size=2)
+def test_an_id_outside_its_table_ends_the_run_before_any_row_moves(env: Env) -> None:
+    model, pipeline = small_pipeline(env)
+    batches = [unguarded([1, 2]), unguarded([3, 10 if env.rank == 0 else 4])]
+    steps = pipeline.run(batches, 2)
+    next(steps)
+    before = rows(model)
+    with pytest.raises((ValueError, OtherRankError), match="feature 't', sample 1: id 10 is outsi"):
+        next(steps)
+    assert torch.equal(rows(model), before)
+
+
+@spmd(world_size=1)
+def test_a_forward_outside_the_pipeline_checks_ids_unless_told_not_to(env: Env) -> None:
+    model, _ = small_pipeline(env)
+    with pytest.raises(ValueError, match=r"sample 0: id -1 is outside 0\.\.9 of table 't'"):
+        model(unguarded([-1]))
+    model(unguarded([1]))
+    with pytest.raises(ValueError, match="feature 't' of table 't' is not in the batch"):
+        model(KeyedJaggedTensor(keys=["u"], values=torch.tensor([1]), lengths=torch.tensor([1])))
+    plain = Small()
+    unchecked = se.shard_modules(plain, se.plan_sharding(plain, env), env, check_ids=False)
+    unchecked(unguarded([10]))  # FBGEMM warns and reads row 0
+
+
+@spmd(world_size=2)
+def test_loaders_that_differ_in_length_or_size_are_refused(env: Env) -> None:
+    _, pipeline = small_pipeline(env)
+    steps = pipeline.run([unguarded([1, 2])] * (2 + env.rank), 9)
+    assert [next(steps)[0], next(steps)[0]] == [1, 2]
+    with pytest.raises(RuntimeError, match="loaders of 1 of 2 ranks ended before step 3, that of"):
+        next(steps)
+    uneven = [unguarded([1, 2]), unguarded([1, 2, 3][: 2 + env.rank])]
+    with pytest.raises(RuntimeError, match="batches of step 2 differ in size, that of rank"):
+        list(pipeline.run(uneven, 9))
+
+
+@spmd(world_size=2)
+def test_a_run_ends_with_its_loader_or_at_its_last_step(env: Env) -> None:
+    model, pipeline = small_pipeline(env)
+    batches = [unguarded([1, 2])] * 3
+    assert [step for step, _ in pipeline.run(batches, 9)] == [1, 2, 3]
+    assert [step for step, _ in pipeline.run(batches, 2)] == [1, 2]
+    assert [step for step, _ in pipeline.run(batches, 6, first_step=4)] == [5, 6]
+    assert list(pipeline.run(batches, 4, first_step=4)) == []
+    before = rows(model)
+    assert len(list(pipeline.evaluate(batches))) == 3
+    assert torch.equal(rows(model), before)
+
+
+@spmd(world_size=1)
+def test_a_forward_without_a_loss_is_refused(env: Env) -> None:
+    class NoLoss(Small):
+        def forward(self, batch: KeyedJaggedTensor) -> Any:
+            return self.collection(batch)
+
+    model = NoLoss()
+    sharded = se.shard_modules(model, se.plan_sharding(model, env), env)
+    pipeline = se.TrainPipeline(sharded, se.build_optimizer(sharded), env)
+    with pytest.raises(
+        ValueError, match="must return a loss, or a tuple that begins with one, got"
+    ):
+        list(pipeline.run([unguarded([1])], 1))
+
+
+def test_the_size_of_a_batch_is_found_in_any_container() -> None:
+    assert batch_size_of({"x": [unguarded([1, 2, 3]), torch.zeros(7)]}) == 3
+    assert batch_size_of((torch.zeros(()), torch.zeros(7))) == 7
+    with pytest.raises(ValueError, match="cannot tell the size of a batch of type str"):
+        batch_size_of("batch")
