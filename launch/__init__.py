@@ -1,0 +1,1 @@
+"""The torchx components, installed as `shardemb.launch`. Holds no training code, needs no torch."""

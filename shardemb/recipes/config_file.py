@@ -1,0 +1,113 @@
+"""A recipe's config: a frozen dataclass, made from the command line and from TOML."""
+
+import argparse
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from shardemb.agree import by_main
+from shardemb.env import Env
+from shardemb.recipes.run_folder import CONFIG
+
+C = TypeVar("C")
+_MAY_DIFFER = {"out", "resume", "steps", "log_every", "checkpoint_every", "max_malformed"}
+"""Fields that may change when a run goes on."""
+
+
+def read_config(cls: type[C], argv: Sequence[str] | None, env: Env) -> C:
+    """Reads the command line, over `--config FILE` or over the run that `--resume` goes on with.
+
+    Args:
+        cls: The frozen dataclass of a recipe, flat, with fields `out` and `resume`.
+        argv: Arguments; by default those of the process.
+        env: This process; rank 0 prints what there is to say.
+
+    Returns:
+        The config, the same on all ranks.
+
+    Raises:
+        FileNotFoundError: There is no run to resume, or no such config file.
+        ValueError: A file names unknown keys, or a typed field differs from what the resumed run
+            fixed.
+        SystemExit: The command line is wrong, or asks for help.
+    """
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", type=Path)
+    file, rest = files.parse_known_args(argv)
+    default = config_from_toml(cls, file.config) if file.config else cls()
+    typed = _parse(cls, rest, default, env)
+    if not typed.resume:  # type: ignore[attr-defined]
+        return typed
+    resumed: C = by_main(env, "reading the run's config", lambda: _resumed(typed, rest, env))
+    return resumed
+
+
+def _parse(cls: type[C], argv: Sequence[str], default: C, env: Env) -> C:
+    config: C = tyro.cli(
+        cls, args=argv, default=default, description=cls.__doc__, console_outputs=env.is_main
+    )
+    return config
+
+
+def _resumed(typed: Any, argv: Sequence[str], env: Env) -> Any:
+    folder = Path(typed.out)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"there is no run to resume in {folder}; leave out --resume to start one"
+        )
+    saved = config_from_toml(type(typed), folder / CONFIG)
+    resumed = _parse(type(typed), argv, replace(saved, out=typed.out, resume=True), env)
+    for field in fields(saved):
+        now, then = getattr(resumed, field.name), getattr(saved, field.name)
+        if now != then and field.name not in _MAY_DIFFER:
+            raise ValueError(
+                f"--{field.name.replace('_', '-')} is {now!r}, the run in {folder} began with "
+                f"{then!r}; "
+                "resume it as it began, or start another with --out"
+            )
+    return resumed
+
+
+def config_to_toml(config: Any) -> str:
+    """A flat config as TOML without its Nones; scalars and arrays are written as in JSON."""
+    values = {name: value for name, value in asdict(config).items() if value is not None}
+    return "".join(
+        f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items()
+    )
+
+
+def config_from_toml(cls: type[C], path: Path) -> C:
+    """Reads a flat config.
+
+    Args:
+        cls: Its frozen dataclass.
+        path: The TOML file.
+
+    Returns:
+        The config; fields that the file does not name have their defaults.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not TOML, or names a field that the config does not have.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not a TOML file: {error}") from error
+    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(
+            f"{path}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}"
+        )
+    return cls(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+    )

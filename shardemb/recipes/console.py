@@ -1,0 +1,25 @@
+"""What a run prints: rank 0's words, and every rank's warnings but those of libraries."""
+
+import logging
+import warnings
+from collections.abc import Callable
+
+from shardemb.env import Env
+
+
+def quiet_libraries() -> None:
+    """Hides deprecation notices of torch and TorchRec, which a user of shardemb cannot act on."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|torchrec)\.")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|torchrec)\.")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
+
+def say_on_main(env: Env) -> Callable[[str], None]:
+    """A `print` that prints on rank 0 only, at once."""
+
+    def say(text: str) -> None:
+        if env.is_main:
+            print(text, flush=True)
+
+    return say

@@ -1,0 +1,285 @@
+"""Trains a DLRM on a click log in Criteo's format, or on a generated one, sharded over all ranks.
+
+torchx run -s local_cwd shardemb.train -j 1x2 -- --data FOLDER --out runs/dlrm
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import shardemb as se
+from shardemb import layouts, optim
+from shardemb.agree import OtherRankError, all_or_none, by_main
+from shardemb.data.click_log import CriteoLoader, open_click_log
+from shardemb.data.clicks import CATEGORY_NAMES, INTEGER_NAMES
+from shardemb.data.generated import GeneratedLog, read_generated, write_click_log
+from shardemb.env import Env
+from shardemb.layouts import Layout
+from shardemb.metrics import click_metrics
+from shardemb.models.dlrm import DLRM, ClickModel
+from shardemb.recipes.config_file import config_to_toml, read_config
+from shardemb.recipes.console import quiet_libraries, say_on_main
+from shardemb.recipes.progress import Progress
+from shardemb.recipes.run_folder import CONFIG, DATA, PLAN, RESULT, RunFolder, open_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Trains a DLRM on a click log, sharded over all ranks."""
+
+    data: str | None = None
+    """A file or folder in the format of the Criteo challenge; by default a log is generated in the
+    run folder."""
+    out: str = "runs/dlrm"
+    """The run folder: config.toml, plan.json, metrics.jsonl, checkpoints/ and at the end
+    metrics.json."""
+    resume: bool = False
+    """Go on from the last checkpoint in the run folder."""
+    steps: int | None = None
+    """Steps in all; by default one pass over the data, as in a second one the rows overfit."""
+    batch_size: int | None = None
+    """Samples of a step on all ranks together; by default 1024, or for small data the power of two
+    that gives at least 100 steps a pass."""
+    seed: int = 0
+    """Of the first values of rows and dense parameters, and of the generated log."""
+    num_embeddings: int = 100_000
+    """Rows of each of the 26 tables; categories are hashed into them."""
+    embedding_dim: int = 16
+    """Columns of each table."""
+    row_wise: tuple[str, ...] = ("C3", "C12", "C16", "C21")
+    """Tables sharded by rows over all ranks, as Criteo's largest four would be; the others lie
+    whole on one rank."""
+    sparse_lr: float = 0.02
+    """Learning rate of the rows (row-wise Adagrad)."""
+    dense_lr: float = 1e-3
+    """Learning rate of the dense parameters (AdamW)."""
+    log_every: int = 50
+    """Steps between two lines of progress."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; there is one more at the end."""
+    max_malformed: int = 100
+    """Malformed lines that a rank may skip before it takes the data to be of another format."""
+    generated_rows: int = 300_000
+    """Rows of the generated log to train on; a tenth as many are held out."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_embeddings",
+            "embedding_dim",
+            "log_every",
+            "checkpoint_every",
+            "generated_rows",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        unknown = sorted(set(self.row_wise) - set(CATEGORY_NAMES))
+        if unknown:
+            raise ValueError(f"row_wise names table {unknown[0]!r}; the tables are C1 to C26")
+
+
+def train(config: Config, env: Env) -> None:
+    """Trains, evaluates, and leaves a run folder."""
+    say = say_on_main(env)
+
+    # Data
+    best_auc = None
+    if config.data is None:
+        folder = open_run(config, env)
+        log = by_main(env, "generating a click log", lambda: generate_log(config, folder))
+        split, best_auc = open_click_log(log.folder, env=env), log.best_auc
+    else:
+        split = open_click_log(Path(config.data), env=env)
+        folder = open_run(config, env)
+    batch_size = config.batch_size or default_batch_size(split.train.num_lines)
+    one_pass = -(-split.train.num_lines // batch_size)
+    num_steps = config.steps or one_pass
+    config = replace(config, steps=num_steps, batch_size=batch_size)
+    make_loader = partial(
+        CriteoLoader,
+        env=env,
+        batch_size=batch_size,
+        num_embeddings_F=[config.num_embeddings] * 26,
+        max_malformed=config.max_malformed,
+    )
+    say(
+        f"{split.train.num_lines:,} samples to train on, {split.held_out.num_lines:,} held out; "
+        f"{num_steps:,} steps of {batch_size:,} ({num_steps / one_pass:.1f} passes)"
+    )
+    with all_or_none(env, f"writing to {folder.path}"):
+        if env.is_main:
+            folder.keep(DATA, split.describe())
+            folder.write(CONFIG, config_to_toml(replace(config, resume=False)))
+
+    # Model, plan, shards, optimizer
+    model = build_model(config)
+    plan = se.plan_sharding(model, env, build_layouts(config))
+    say(f"\n{plan}\n")
+    if env.is_main:
+        folder.write(PLAN, plan.to_json())
+    model = se.shard_modules(model, plan, env)
+    optimizer = se.build_optimizer(model, dense=lambda p: torch.optim.AdamW(p, lr=config.dense_lr))
+
+    # Resume
+    first_step = 0
+    checkpoint = by_main(env, "looking for a checkpoint", lambda: folder.last_checkpoint)
+    if checkpoint is not None:
+        first_step = se.load_checkpoint(checkpoint, model, optimizer, env=env)
+        say(f"going on from {checkpoint}, after step {first_step:,} of {num_steps:,}")
+    if env.is_main:
+        folder.forget_after(first_step)
+
+    # Train
+    loader = make_loader(split.train, start_step=first_step)
+    progress = Progress(
+        folder if env.is_main else None,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        log_every=config.log_every,
+        first_step=first_step,
+    )
+    pipeline = se.TrainPipeline(model, optimizer, env)
+    for step, loss in pipeline.run(loader, num_steps, first_step=first_step):
+        progress.step(step, loss)
+        if step % config.checkpoint_every == 0 or step == num_steps:
+            checkpoint = se.save_checkpoint(
+                folder.checkpoint_path(step), model, optimizer, step=step, env=env
+            )
+            if env.is_main:
+                folder.drop_old_checkpoints()
+            progress.resume()
+
+    # Evaluate
+    held_out = make_loader(split.held_out, repeat=False)
+    result = evaluate(pipeline, held_out, env) | {
+        "samples_per_second": round(progress.samples_per_second or folder.last_speed),
+        "world_size": env.world_size,
+        "steps": max(num_steps, first_step),
+        "malformed_lines": sum_over_ranks(loader.num_malformed + held_out.num_malformed),
+        "checkpoint": str(checkpoint),
+    }
+    if best_auc is not None:
+        result["best_auc"] = best_auc
+    if env.is_main:
+        folder.write(RESULT, json.dumps(result, indent=2) + "\n")
+    say(f"\n{describe(result)}")
+
+
+def build_model(config: Config) -> nn.Module:
+    """The model, its tables on meta."""
+    tables = [
+        se.TableConfig(
+            name=name,
+            num_embeddings=config.num_embeddings,
+            embedding_dim=config.embedding_dim,
+            feature_names=(name,),
+            optimizer=optim.RowWiseAdagrad(lr=config.sparse_lr),
+        )
+        for name in CATEGORY_NAMES
+    ]
+    torch.manual_seed(config.seed)
+    return ClickModel(
+        DLRM(
+            se.EmbeddingBagCollection(tables, seed=config.seed),
+            feature_names=CATEGORY_NAMES,
+            embedding_dim=config.embedding_dim,
+            num_dense=2 * len(INTEGER_NAMES),
+        )
+    )
+
+
+def build_layouts(config: Config) -> dict[str, Layout]:
+    """Row-wise for the tables that the config names, table-wise for the others."""
+    return {
+        name: layouts.row_wise() if name in config.row_wise else layouts.table_wise()
+        for name in CATEGORY_NAMES
+    }
+
+
+def generate_log(config: Config, folder: RunFolder) -> GeneratedLog:
+    """The generated log of a run: the one it has, or a new one."""
+    path = folder.path / "data"
+    if (path / "generated.json").exists():
+        log = read_generated(path)
+        if (log.num_train, log.seed) == (config.generated_rows, config.seed):
+            return log
+    print(f"generating a click log of {config.generated_rows:,} rows in {path}", flush=True)
+    return write_click_log(
+        path,
+        num_train=config.generated_rows,
+        num_test=max(2, config.generated_rows // 10),
+        seed=config.seed,
+    )
+
+
+def default_batch_size(num_samples: int) -> int:
+    """A power of two from 16 to 1024 with at least 100 steps a pass, if there is one."""
+    return min(1024, max(16, 1 << max(0, (num_samples // 100).bit_length() - 1)))
+
+
+def evaluate(pipeline: se.TrainPipeline, loader: CriteoLoader, env: Env) -> dict[str, float]:
+    """AUC, log loss and normalized entropy on all ranks' samples, in the order of the log."""
+    parts = [
+        torch.stack([logits_B, batch.labels_B, batch.weights_B]).cpu()
+        for batch, (_, logits_B) in pipeline.evaluate(loader)
+    ]
+    mine = torch.stack(parts, 1)  # three kinds, steps, samples of this rank
+    of_ranks = [torch.empty_like(mine) for _ in range(env.world_size)]
+    dist.all_gather(of_ranks, mine)
+    logits_N, labels_N, weights_N = torch.stack(of_ranks, 2).flatten(1)
+    return click_metrics(logits_N, labels_N, weights_N)
+
+
+def sum_over_ranks(number: int) -> int:
+    """The sum of a number that each rank has."""
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers)
+    return int(numbers)
+
+
+def describe(result: dict[str, Any]) -> str:
+    """What a run reached, for people."""
+    lines = [
+        f"held out: AUC {result['auc']:.4f}  log loss {result['log_loss']:.4f}  "
+        f"normalized entropy {result['normalized_entropy']:.4f}  ({result['num_samples']:,} "
+        "samples)"
+    ]
+    if "best_auc" in result:
+        way = (result["auc"] - 0.5) / (result["best_auc"] - 0.5)
+        lines.append(
+            f"the best that this log allows: AUC {result['best_auc']:.4f}; reached {way:.1%} of "
+            "the way from 0.5"
+        )
+    lines.append(
+        f"trained {result['samples_per_second']:,} samples/s on {result['world_size']} ranks"
+    )
+    lines.append(f"checkpoint: {result['checkpoint']}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the recipe; the exit status of the process."""
+    quiet_libraries()
+    env = se.init_distributed()
+    try:
+        train(read_config(Config, argv, env), env)
+    except (ValueError, OSError, OtherRankError) as error:
+        logging.getLogger("shardemb").debug("where it happened", exc_info=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

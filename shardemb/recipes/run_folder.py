@@ -1,0 +1,142 @@
+"""The folder of a run: config, plan, progress, checkpoints, result. Never overwrites a run."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from shardemb.agree import by_main
+from shardemb.checkpoint import latest_checkpoint
+from shardemb.env import Env
+
+CONFIG, DATA, PLAN = "config.toml", "data.json", "plan.json"
+PROGRESS, RESULT = "metrics.jsonl", "metrics.json"
+_CHECKPOINTS = "checkpoints"
+
+
+class RunFolder:
+    """Where a run writes. Only rank 0 writes; every rank may ask for paths.
+
+    Args:
+        path: The folder.
+        num_kept: Checkpoints to keep, the newest.
+    """
+
+    def __init__(self, path: str | Path, *, num_kept: int = 2) -> None:
+        self.path = Path(path)
+        self._num_kept = num_kept
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return latest_checkpoint(self.path / _CHECKPOINTS)
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint after a step belongs."""
+        return self.path / _CHECKPOINTS / f"{step:08d}"
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a file whole: it is replaced in one move."""
+        partial = self.path / f"{name}.partial"
+        partial.write_text(text)
+        partial.replace(self.path / name)
+
+    def keep(self, name: str, text: str) -> None:
+        """Writes a file that stays as it is when the run goes on.
+
+        Args:
+            name: Of the file.
+            text: What it holds.
+
+        Raises:
+            ValueError: The file is there and holds something else.
+        """
+        path = self.path / name
+        if not path.exists() or self.last_checkpoint is None:
+            self.write(name, text)
+        elif path.read_text() != text:
+            raise ValueError(
+                f"the run in {self.path} began with other data than now, as {path} tells; "
+                "start another run with --out"
+            )
+
+    @property
+    def last_speed(self) -> float:
+        """Samples a second as logged last."""
+        progress = self.path / PROGRESS
+        entries = progress.read_text().splitlines() if progress.exists() else []
+        return float(json.loads(entries[-1])["samples_per_second"]) if entries else 0.0
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Appends a line of JSON to the progress."""
+        with open(self.path / PROGRESS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drops progress beyond a step, which a resumed run will do again."""
+        progress = self.path / PROGRESS
+        if progress.exists():
+            entries = [line for line in progress.read_text().splitlines() if _is_whole(line)]
+            kept = [line for line in entries if json.loads(line)["step"] <= step]
+            self.write(PROGRESS, "".join(f"{line}\n" for line in kept))
+        (self.path / RESULT).unlink(missing_ok=True)
+
+    def drop_old_checkpoints(self) -> None:
+        """Removes all checkpoints but the newest."""
+        found = sorted(path for path in (self.path / _CHECKPOINTS).iterdir() if path.name.isdigit())
+        for old in found[: -self._num_kept]:
+            shutil.rmtree(old)
+
+
+def open_run(config: Any, env: Env) -> RunFolder:
+    """Opens the folder of a run, once for all ranks.
+
+    Args:
+        config: A recipe's config with `out` and `resume`.
+        env: This process.
+
+    Returns:
+        The folder, which exists.
+
+    Raises:
+        FileExistsError: The folder holds a run and `resume` is not asked for, or holds other files.
+        OtherRankError: The same, on other ranks than 0.
+    """
+    folder = RunFolder(config.out)
+
+    def check() -> None:
+        if not config.resume:
+            _check_unused(folder)
+            folder.path.mkdir(parents=True, exist_ok=True)
+
+    by_main(env, f"opening the run folder {config.out}", check)
+    return folder
+
+
+def _check_unused(folder: RunFolder) -> None:
+    path = folder.path
+    if (path / PROGRESS).exists() or folder.last_checkpoint is not None:
+        last = folder.last_checkpoint
+        state = (
+            f"its last checkpoint is of step {int(last.name)}"
+            if last
+            else "it has no checkpoint yet"
+        )
+        raise FileExistsError(
+            f"{path} holds a run already ({state}). To go on with it add --resume "
+            "(make train ARGS=--resume), to keep it and start another give --out FOLDER (make "
+            "train OUT=FOLDER)"
+        )
+    if (
+        path.exists()
+        and not (path / CONFIG).exists()
+        and (not path.is_dir() or any(path.iterdir()))
+    ):
+        raise FileExistsError(f"{path} exists and is not a run; give --out a new or empty folder")
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        return "step" in json.loads(line)
+    except json.JSONDecodeError:  # the last line of a run that was killed
+        return False

@@ -1,0 +1,100 @@
+"""The direction of the imports, and that importing is cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Lowest first; a file may import from its own layer and from those before it.
+LAYERS = (
+    {
+        *("shardemb", "text", "env", "agree", "optim.configs", "optim", "init"),
+        "doctor",
+        "doctor.__main__",
+        "doctor.diagnosis",
+        "doctor.finding",
+        "doctor.machine",
+        "doctor.probes",
+        "doctor.versions",
+    },
+    {"config"},
+    {
+        "data",
+        "data.lines",
+        "data.clicks",
+        "data.criteo",
+        "data.click_log",
+        "data.generated",
+        "data.id_guard",
+        "data.batches",
+    },
+    {"modules", "modules.embedding_bag"},
+    {"layouts", "placement", "plan"},
+    {"shard", "optim.build"},
+    {"checkpoint"},
+    {"pipeline"},
+    {"metrics", "models", "models.dlrm"},
+    {
+        "recipes",
+        "recipes.run_folder",
+        "recipes.config_file",
+        "recipes.console",
+        "recipes.progress",
+        "recipes.dlrm",
+    },
+    {"cli"},
+)
+LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT / "shardemb").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__") or "shardemb"
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of shardemb that a file imports, also inside functions, but not for types only."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    found = {name.removeprefix("shardemb.") for name in names if name.startswith("shardemb.")}
+    return {name for name in found if name in LAYER_OF}
+
+
+def test_every_file_has_a_layer_and_imports_downwards_only() -> None:
+    files = sorted((ROOT / "shardemb").rglob("*.py"))
+    assert {module_of(path) for path in files} == set(LAYER_OF)
+    upwards = [
+        f"{module_of(path)} imports {name}"
+        for path in files
+        for name in imported(path)
+        if LAYER_OF[name] > LAYER_OF[module_of(path)]
+    ]
+    assert upwards == []
+    assert "data.lines" in imported(ROOT / "shardemb/data/click_log.py")
+
+
+def test_importing_shardemb_tables_and_layouts_loads_neither_torch_nor_torchrec() -> None:
+    code = (
+        "import sys, shardemb; from shardemb import layouts, optim, config, cli; "
+        "print(sorted({'torch', 'torchrec', 'fbgemm_gpu'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_only_env_reads_the_environment() -> None:
+    readers = [
+        module_of(path)
+        for path in (ROOT / "shardemb").rglob("*.py")
+        if "os.environ" in path.read_text() or "getenv" in path.read_text()
+    ]
+    assert set(readers) <= {"env", "doctor.diagnosis"}
