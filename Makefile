@@ -8,10 +8,11 @@ STEPS ?=
 ARGS ?=
 # CUDA where a driver answers, else CPU; make install DEVICE=cpu overrules it.
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+DATA_AND_STEPS := $(if $(DATA),--data "$(DATA)") $(if $(STEPS),--steps "$(STEPS)")
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 TORCHREC := torchrec==1.8.0
 # torchx starts the torchrun that it finds first
 export PATH := $(BIN):$(PATH)
@@ -21,8 +22,7 @@ export PATH := $(BIN):$(PATH)
 install: $(VENV)/installed-$(DEVICE)
 
 train: install
-	torchx run -s local_cwd shardemb.train -j "1x$(NPROC)" --recipe "$(RECIPE)" -- --out "$(OUT)" \
-	  $(if $(DATA),--data "$(DATA)") $(if $(STEPS),--steps "$(STEPS)") $(ARGS)
+	torchx run -s local_cwd shardemb.train -j "1x$(NPROC)" --recipe "$(RECIPE)" -- --out "$(OUT)" $(DATA_AND_STEPS) $(ARGS)
 
 test: $(VENV)/installed-dev
 	python -m pytest
@@ -43,8 +43,8 @@ $(VENV)/bin/python:
 # without its dependencies, which pyproject.toml lists.
 $(VENV)/installed-cpu: pyproject.toml | $(VENV)/bin/python
 	@echo "installing for CPU into $(VENV) (a minute or two)"
-	$(PIP) --no-deps "$(TORCHREC)"
 	$(PIP) --editable ".[cpu]"
+	$(PIP) --no-deps "$(TORCHREC)"
 	@rm -f $(VENV)/installed-*
 	@touch $@
 

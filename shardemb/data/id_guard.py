@@ -41,11 +41,13 @@ class IdGuard:
 
     Example:
         >>> guard = IdGuard([FeatureLimit(feature="item", table="item", num_embeddings=10)])
-        >>> guard.check(KeyedJaggedTensor.from_lengths_sync(
-        ...     keys=["item"], values=torch.tensor([3, 12]), lengths=torch.tensor([1, 1])))
+        >>> guard.check(
+        ...     KeyedJaggedTensor(
+        ...         keys=["item"], values=torch.tensor([3, 12]), lengths=torch.tensor([1, 1])
+        ...     )
+        ... )  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: feature 'item', sample 1: id 12 is outside 0..9 of table 'item'; hash or drop
-            such ids, or raise num_embeddings
+        ValueError: feature 'item', sample 1: id 12 is outside 0..9 of table 'item'; ...
     """
 
     def __init__(self, limits: Sequence[FeatureLimit]) -> None:

@@ -1,8 +1,11 @@
 """What a run prints: rank 0's words, and every rank's warnings but those of libraries."""
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from shardemb.env import Env
 
@@ -13,6 +16,20 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|torchrec)\.")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|torchrec)\.")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
+
+def refuse(error: Exception) -> int:
+    """Prints an error that the user can mend in one line, and hands it to torchrun for its summary.
+
+    Args:
+        error: What is wrong.
+
+    Returns:
+        The exit status.
+    """
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    get_error_handler().record_exception(error)
+    return 1
 
 
 def say_on_main(env: Env) -> Callable[[str], None]:

@@ -4,7 +4,6 @@ torchx run -s local_cwd shardemb.train -j 1x2 -- --data FOLDER --out runs/dlrm
 """
 
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from shardemb.layouts import Layout
 from shardemb.metrics import click_metrics
 from shardemb.models.dlrm import DLRM, ClickModel
 from shardemb.recipes.config_file import config_to_toml, read_config
-from shardemb.recipes.console import quiet_libraries, say_on_main
+from shardemb.recipes.console import quiet_libraries, refuse, say_on_main
 from shardemb.recipes.progress import Progress
 from shardemb.recipes.run_folder import CONFIG, DATA, PLAN, RESULT, RunFolder, open_run
 
@@ -275,9 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         train(read_config(Config, argv, env), env)
     except (ValueError, OSError, OtherRankError) as error:
-        logging.getLogger("shardemb").debug("where it happened", exc_info=True)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return refuse(error)
     return 0
 
 
