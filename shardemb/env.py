@@ -24,6 +24,7 @@ class Env:
         world_size: Number of processes.
         num_nodes: Number of nodes, each with the same number of processes.
         device: Where this process computes.
+        num_restarts: How often torchrun started the ranks again after one of them failed.
     """
 
     rank: int = 0
@@ -31,6 +32,7 @@ class Env:
     world_size: int = 1
     num_nodes: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - it is immutable
+    num_restarts: int = 0
 
     def __post_init__(self) -> None:
         if self.world_size < 1 or self.num_nodes < 1 or self.world_size % self.num_nodes:
@@ -85,6 +87,7 @@ def init_distributed(*, device: str | None = None, timeout_s: float = 1800.0) ->
         world_size=world_size,
         num_nodes=max(1, world_size // local_world_size),
         device=chosen,
+        num_restarts=_integer("TORCHELASTIC_RESTART_COUNT", default=0),
     )
     if not dist.is_initialized():
         _start(env, timedelta(seconds=timeout_s), launched="RANK" in os.environ)
@@ -101,21 +104,23 @@ def _launched_as() -> tuple[int, int, int, int]:
             f"the environment has {', '.join(given)} but not {', '.join(missing)}; "
             "start with torchrun or torchx, which set all four, or unset them to run on one rank"
         )
-    values = []
-    for name in _SET_BY_LAUNCHER:
-        try:
-            values.append(int(os.environ[name]))
-        except ValueError:
-            raise RuntimeError(
-                f"environment variable {name} must be an integer, got {os.environ[name]!r}"
-            ) from None
-    rank, local_rank, world_size, local_world_size = values
+    rank, local_rank, world_size, local_world_size = map(_integer, _SET_BY_LAUNCHER)
     if local_world_size < 1 or world_size % local_world_size:
         raise RuntimeError(
             f"WORLD_SIZE={world_size} is not a multiple of LOCAL_WORLD_SIZE={local_world_size}; "
             "give every node the same number of ranks"
         )
     return rank, local_rank, world_size, local_world_size
+
+
+def _integer(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, default)
+    try:
+        return int(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise RuntimeError(
+            f"environment variable {name} must be an integer, got {text!r}"
+        ) from None
 
 
 def _device(asked: str | None, local_rank: int) -> torch.device:

@@ -98,8 +98,8 @@ def test_a_run_refuses_to_overwrite_and_resumes_to_where_an_uninterrupted_one_en
 
     again = train(*every, "--out", str(cut), "--steps", "30")
     assert again.returncode == 1
-    assert f"error: {cut} holds a run already (its last checkpoint is of step 20)" in again.stderr
-    assert "To go on with it add --resume (make train ARGS=--resume)" in again.stderr
+    assert f"error: {cut} holds a run already (last checkpoint after step 20)" in again.stderr
+    assert "To go on with it add --resume (make train ARGS=--resume);" in again.stderr
     assert {path: path.read_bytes() for path in cut.glob("*.*")} == before
 
     other = train("--out", str(cut), "--resume", "--steps", "30", "--sparse-lr", "0.5")
@@ -132,18 +132,64 @@ def test_a_killed_run_resumes_to_where_an_uninterrupted_one_ends(log: Path, tmp_
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "shardemb.cli", "train", *SMALL, *arguments, "--out", str(out)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    first = out / "checkpoints" / "00000010"
-    deadline = time.monotonic() + 120
-    while not first.exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
+    wait_for(out / "checkpoints" / "00000010")
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert first.exists()
     resumed = train("--out", str(out), "--resume")
     assert resumed.returncode == 0, resumed.stderr
     same = {"auc", "log_loss", "normalized_entropy", "steps"}
     whole = result(tmp_path / "whole")
     assert {name: result(out)[name] for name in same} == {name: whole[name] for name in same}
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_rank_killed_under_torchx_starts_again_and_ends_where_it_would_have(
+    log: Path, tmp_path: Path
+) -> None:
+    arguments = ("--data", str(log), "--checkpoint-every", "5", "--steps", "60")
+    assert torchx("1x2", *arguments, "--out", str(tmp_path / "whole")).returncode == 0
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "torchx.cli.main", "run", "-s", "local_cwd"]
+    command += ["launch/components.py:train", "-j", "1x2", "--max_retries", "1", "--", *SMALL]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with subprocess.Popen(
+        [*command, *arguments, "--out", str(out)],
+        cwd=ROOT,
+        env=os.environ | {"PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        wait_for(out / "checkpoints" / "00000010")
+        os.kill(pid_of_rank(1, str(out)), signal.SIGKILL)
+        said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert "going on from" in said
+    same = {"auc", "log_loss", "normalized_entropy", "steps"}
+    whole = result(tmp_path / "whole")
+    assert {name: result(out)[name] for name in same} == {name: whole[name] for name in same}
+    assert [step for step, _ in progress(out)] == [step for step, _ in progress(tmp_path / "whole")]
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.002)
+
+
+def pid_of_rank(rank: int, argument: str) -> int:
+    """The process of a rank, found by its environment and an argument of its command line."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode().split("\0")
+            environ = (folder / "environ").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if argument in words and f"RANK={rank}" in environ:
+            return int(folder.name)
+    raise AssertionError(f"no process of rank {rank} with {argument}")
 
 
 @pytest.mark.distributed

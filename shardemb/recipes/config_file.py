@@ -22,6 +22,8 @@ _MAY_DIFFER = {"out", "resume", "steps", "log_every", "checkpoint_every", "max_m
 def read_config(cls: type[C], argv: Sequence[str] | None, env: Env) -> C:
     """Reads the command line, over `--config FILE` or over the run that `--resume` goes on with.
 
+    Ranks that torchrun started again after a failure go on with the run that they began.
+
     Args:
         cls: The frozen dataclass of a recipe, flat, with fields `out` and `resume`.
         argv: Arguments; by default those of the process.
@@ -40,11 +42,11 @@ def read_config(cls: type[C], argv: Sequence[str] | None, env: Env) -> C:
     files.add_argument("--config", type=Path)
     file, rest = files.parse_known_args(argv)
     default = config_from_toml(cls, file.config) if file.config else cls()
-    typed = _parse(cls, rest, default, env)
-    if not typed.resume:  # type: ignore[attr-defined]
-        return typed
-    resumed: C = by_main(env, "reading the run's config", lambda: _resumed(typed, rest, env))
-    return resumed
+    typed: Any = _parse(cls, rest, default, env)
+    if typed.resume or env.num_restarts:
+        typed = by_main(env, "reading the run's config", lambda: _resumed(typed, rest, env))
+    config: C = typed
+    return config
 
 
 def _parse(cls: type[C], argv: Sequence[str], default: C, env: Env) -> C:
@@ -57,6 +59,8 @@ def _parse(cls: type[C], argv: Sequence[str], default: C, env: Env) -> C:
 def _resumed(typed: Any, argv: Sequence[str], env: Env) -> Any:
     folder = Path(typed.out)
     if not (folder / CONFIG).is_file():
+        if not typed.resume:  # the ranks failed before they began
+            return typed
         raise FileNotFoundError(
             f"there is no run to resume in {folder}; leave out --resume to start one"
         )
@@ -67,8 +71,7 @@ def _resumed(typed: Any, argv: Sequence[str], env: Env) -> Any:
         if now != then and field.name not in _MAY_DIFFER:
             raise ValueError(
                 f"--{field.name.replace('_', '-')} is {now!r}, the run in {folder} began with "
-                f"{then!r}; "
-                "resume it as it began, or start another with --out"
+                f"{then!r}; resume it as it began, or start another with --out"
             )
     return resumed
 

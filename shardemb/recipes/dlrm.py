@@ -94,13 +94,15 @@ def train(config: Config, env: Env) -> None:
 
     # Data
     best_auc = None
+    folder = RunFolder(config.out)
+    open_folder = partial(open_run, folder, config_to_toml(config), env, resume=config.resume)
     if config.data is None:
-        folder = open_run(config, env)
+        open_folder()
         log = by_main(env, "generating a click log", lambda: generate_log(config, folder))
         split, best_auc = open_click_log(log.folder, env=env), log.best_auc
     else:
         split = open_click_log(Path(config.data), env=env)
-        folder = open_run(config, env)
+        open_folder()
     batch_size = config.batch_size or default_batch_size(split.train.num_lines)
     one_pass = -(-split.train.num_lines // batch_size)
     num_steps = config.steps or one_pass
@@ -116,17 +118,15 @@ def train(config: Config, env: Env) -> None:
         f"{split.train.num_lines:,} samples to train on, {split.held_out.num_lines:,} held out; "
         f"{num_steps:,} steps of {batch_size:,} ({num_steps / one_pass:.1f} passes)"
     )
-    with all_or_none(env, f"writing to {folder.path}"):
-        if env.is_main:
-            folder.keep(DATA, split.describe())
-            folder.write(CONFIG, config_to_toml(replace(config, resume=False)))
-
     # Model, plan, shards, optimizer
     model = build_model(config)
     plan = se.plan_sharding(model, env, build_layouts(config))
     say(f"\n{plan}\n")
-    if env.is_main:
-        folder.write(PLAN, plan.to_json())
+    with all_or_none(env, f"writing to {folder.path}"):
+        if env.is_main:
+            folder.keep(DATA, split.describe())
+            folder.write(CONFIG, config_to_toml(replace(config, resume=False)))
+            folder.write(PLAN, plan.to_json())
     model = se.shard_modules(model, plan, env)
     optimizer = se.build_optimizer(model, dense=lambda p: torch.optim.AdamW(p, lr=config.dense_lr))
 
@@ -136,8 +136,7 @@ def train(config: Config, env: Env) -> None:
     if checkpoint is not None:
         first_step = se.load_checkpoint(checkpoint, model, optimizer, env=env)
         say(f"going on from {checkpoint}, after step {first_step:,} of {num_steps:,}")
-    if env.is_main:
-        folder.forget_after(first_step)
+    by_main(env, f"writing to {folder.path}", lambda: folder.forget_after(first_step))
 
     # Train
     loader = make_loader(split.train, start_step=first_step)

@@ -88,50 +88,45 @@ class RunFolder:
             shutil.rmtree(old)
 
 
-def open_run(config: Any, env: Env) -> RunFolder:
-    """Opens the folder of a run, once for all ranks.
+def open_run(folder: RunFolder, config: str, env: Env, *, resume: bool) -> None:
+    """Makes the folder of a run and puts its config there; leaves that of a resumed run.
 
     Args:
-        config: A recipe's config with `out` and `resume`.
+        folder: The folder.
+        config: The run's config as TOML.
         env: This process.
-
-    Returns:
-        The folder, which exists.
+        resume: Whether a run that the folder holds goes on.
 
     Raises:
-        FileExistsError: The folder holds a run and `resume` is not asked for, or holds other files.
+        FileExistsError: The folder holds a run and is not to resume it, or holds other files.
         OtherRankError: The same, on other ranks than 0.
     """
-    folder = RunFolder(config.out)
 
-    def check() -> None:
-        if not config.resume:
+    def open_on_main() -> None:
+        if not resume:
             _check_unused(folder)
             folder.path.mkdir(parents=True, exist_ok=True)
+            folder.write(CONFIG, config)
 
-    by_main(env, f"opening the run folder {config.out}", check)
-    return folder
+    by_main(env, f"opening the run folder {folder.path}", open_on_main)
 
 
 def _check_unused(folder: RunFolder) -> None:
-    path = folder.path
-    if (path / PROGRESS).exists() or folder.last_checkpoint is not None:
-        last = folder.last_checkpoint
-        state = (
-            f"its last checkpoint is of step {int(last.name)}"
-            if last
-            else "it has no checkpoint yet"
-        )
+    """Refuses a folder with a run that has trained, or with anything that is not a run.
+
+    Raises:
+        FileExistsError: It holds such.
+    """
+    path, last = folder.path, folder.last_checkpoint
+    if (path / PROGRESS).exists() or last is not None:
+        state = f"last checkpoint after step {int(last.name)}" if last else "no checkpoint yet"
         raise FileExistsError(
             f"{path} holds a run already ({state}). To go on with it add --resume "
-            "(make train ARGS=--resume), to keep it and start another give --out FOLDER (make "
-            "train OUT=FOLDER)"
+            "(make train ARGS=--resume); to keep it and start another give --out FOLDER "
+            "(make train OUT=FOLDER)"
         )
-    if (
-        path.exists()
-        and not (path / CONFIG).exists()
-        and (not path.is_dir() or any(path.iterdir()))
-    ):
+    is_run = (path / CONFIG).is_file()
+    if path.exists() and not is_run and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not a run; give --out a new or empty folder")
 
 
