@@ -17,6 +17,9 @@ TORCHREC := torchrec==1.8.0
 # torchx starts the torchrun that it finds first
 export PATH := $(BIN):$(PATH)
 
+# fbgemm-gpu and fbgemm-gpu-cpu break each other in one environment
+refuse_other = [ ! -e $(VENV)/installed-$(1) ] || { echo "$(VENV) is installed for $(1): go on with DEVICE=$(1), or make clean first"; exit 1; }
+
 .PHONY: install train test lint clean
 
 install: $(VENV)/installed-$(DEVICE)
@@ -42,16 +45,18 @@ $(VENV)/bin/python:
 # TorchRec's wheel asks for fbgemm-gpu, the CUDA build, which breaks fbgemm-gpu-cpu; so on CPU it comes
 # without its dependencies, which pyproject.toml lists.
 $(VENV)/installed-cpu: pyproject.toml | $(VENV)/bin/python
+	@$(call refuse_other,cuda)
 	@echo "installing for CPU into $(VENV) (a minute or two)"
 	$(PIP) --editable ".[cpu]"
 	$(PIP) --no-deps "$(TORCHREC)"
-	@rm -f $(VENV)/installed-*
+	@rm -f $(VENV)/installed-dev
 	@touch $@
 
 $(VENV)/installed-cuda: pyproject.toml | $(VENV)/bin/python
+	@$(call refuse_other,cpu)
 	@echo "installing for CUDA into $(VENV) (several GB, some minutes)"
 	$(PIP) --editable ".[cuda]"
-	@rm -f $(VENV)/installed-*
+	@rm -f $(VENV)/installed-dev
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-$(DEVICE)

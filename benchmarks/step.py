@@ -41,7 +41,7 @@ import shardemb as se
 from benchmarks.machine import copy_gb_per_s, describe, random_row_gb_per_s
 from shardemb import layouts, optim
 from shardemb.env import Env
-from shardemb.plan import Sharder
+from shardemb.planner import Sharder
 from shardemb.recipes.console import quiet_libraries
 from shardemb.text import format_table
 

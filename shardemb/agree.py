@@ -1,5 +1,6 @@
 """One rank's error becomes every rank's, so that nobody waits for a rank that left."""
 
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
@@ -7,17 +8,14 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 
 from shardemb.env import Env
+from shardemb.errors import OtherRankError
 
 T = TypeVar("T")
 
 
-class OtherRankError(RuntimeError):
-    """Another rank failed; the message says which, while doing what, and how."""
-
-
 @contextmanager
 def all_or_none(env: Env, doing: str) -> Iterator[None]:
-    """Runs a block on every rank and ends it with an error on all of them when it fails on one.
+    """Runs a block on every rank; if it fails on one, raises on all.
 
     The block must not contain a collective that a failing rank would miss. Costs one small
     collective.
@@ -37,15 +35,15 @@ def all_or_none(env: Env, doing: str) -> Iterator[None]:
         >>> with all_or_none(Env(), "adding up"):
         ...     total = 1 + 1
     """
-    error: Exception | None = None
+    error: BaseException | None = None
     try:
         yield
-    except Exception as caught:  # noqa: BLE001 - raised again below, on every rank
+    except (Exception, SystemExit) as caught:  # noqa: BLE001 - raised again below, on every rank
         error = caught
     raise_on_all_ranks(env, doing, error)
 
 
-def raise_on_all_ranks(env: Env, doing: str, error: Exception | None) -> None:
+def raise_on_all_ranks(env: Env, doing: str, error: BaseException | None) -> None:
     """Raises on every rank when any rank passes an error; returns when none does.
 
     Args:
@@ -88,12 +86,12 @@ def by_main(env: Env, doing: str, function: Callable[[], T]) -> T:
         >>> by_main(Env(), "adding up", lambda: 1 + 1)
         2
     """
-    box: list[T] = []
+    pickled = b""
     with all_or_none(env, doing):
         if env.is_main:
-            box.append(function())
-    if env.world_size == 1:
-        return box[0]
-    boxes: list[T | None] = [box[0] if env.is_main else None]
-    dist.broadcast_object_list(boxes, src=0)
-    return cast("T", boxes[0])
+            pickled = pickle.dumps(function())
+    if env.world_size > 1:
+        box = [pickled]
+        dist.broadcast_object_list(box, src=0)
+        (pickled,) = box
+    return cast("T", pickle.loads(pickled))

@@ -1,6 +1,7 @@
 """Saves a sharded model with its optimizer, each time to a new folder, and loads it."""
 
 import json
+import operator
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,25 +14,29 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from shardemb.agree import all_or_none
 from shardemb.env import Env
+from shardemb.errors import RunError
 from shardemb.optim.build import DENSE, FUSED
 
 _FORMAT = 1
 _HEADER = "shardemb.json"
 _PARTIAL = ".partial"
 _OPTIMIZER = "optim"
+_SCHEDULED = "initial_lr"  # of a learning-rate scheduler
 
 
 def save_checkpoint(
     path: str | Path, model: nn.Module, optimizer: CombinedOptimizer, *, step: int, env: Env
 ) -> Path:
-    """Writes a checkpoint.
+    """Writes a checkpoint: tables, their optimizer rows, dense parameters and their optimizer.
 
-    The folder appears only when it is complete: a killed run leaves no broken one.
+    The folder appears only when it is complete: a killed run leaves no broken one. Not in it are
+    the states of a learning-rate scheduler and of random number generators.
 
     Args:
         path: A folder that does not exist yet.
@@ -45,12 +50,13 @@ def save_checkpoint(
 
     Raises:
         FileExistsError: The folder exists.
-        OSError: It cannot be written.
-        RuntimeError: Another rank failed.
+        OSError: It cannot be made.
+        RunError: It cannot be written, a rank does not see it, or another rank failed.
     """
     path = Path(path)
     partial = path.with_name(path.name + _PARTIAL)
     settings = _settings_of_all_ranks(optimizer, env)
+    state = _model_and_fused_state(model, optimizer) | _dense_state(optimizer)
     with all_or_none(env, f"preparing the checkpoint folder {path}"):
         if env.is_main:
             if path.exists():
@@ -59,16 +65,24 @@ def save_checkpoint(
             partial.mkdir(parents=True)
             header = {
                 "format": _FORMAT,
-                "step": step,
+                "step": operator.index(step),
                 "world_size": env.world_size,
                 "settings": settings,
             }
             (partial / _HEADER).write_text(json.dumps(header))
-    state = _model_and_fused_state(model, optimizer) | _dense_state(optimizer)
-    dcp.save(state, storage_writer=FileSystemWriter(partial))
+    try:
+        dcp.save(state, storage_writer=FileSystemWriter(partial))
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        raise RunError(f"checkpoint {path} could not be written: {error}") from error
     with all_or_none(env, f"completing the checkpoint {path}"):
         if env.is_main:
             os.replace(partial, path)
+    with all_or_none(env, f"looking at the checkpoint {path}"):
+        if not (path / _HEADER).is_file():
+            raise RunError(
+                f"rank {env.rank} does not see {path}, which rank 0 wrote; save to a filesystem "
+                "that all nodes share"
+            )
     return path
 
 
@@ -88,8 +102,9 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: The checkpoint and the model differ; the message names the first difference.
-        RuntimeError: Another rank failed.
+        ValueError: The checkpoint and the model or its optimizers differ; the message names the
+            first difference.
+        RunError: The checkpoint cannot be read, or another rank failed.
     """
     path = Path(path)
     tables_and_dense = _model_and_fused_state(model, optimizer)
@@ -98,23 +113,34 @@ def load_checkpoint(
         stored = FileSystemReader(path).read_metadata().state_dict_metadata
         _check_fits(path, tables_and_dense, stored)
         dense_state = _empty_dense_state(stored)
-        _check_settings(path, optimizer, header["settings"])
-    dcp.load(tables_and_dense | dense_state, storage_reader=FileSystemReader(path))
+        settings = _settings_to_restore(path, optimizer, header["settings"])
+    _check_nothing_unread(path, tables_and_dense, stored, env)
+    try:
+        dcp.load(tables_and_dense | dense_state, storage_reader=FileSystemReader(path))
+    except (Exception, CheckpointException) as error:
+        raise RunError(f"checkpoint {path} could not be read: {error}") from error
     _restore_dense_state(optimizer, dense_state)
-    for name, group in _parameter_groups(optimizer).items():
-        group.update(header["settings"][name])
+    for group, saved in settings:
+        group.update(saved)
     optimizer.zero_grad()  # hands the learning rates on to the fused kernels
     return int(header["step"])
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint of the most steps among the complete ones in a folder, or None."""
-    found = [
-        (int(_read_header(path.parent)["step"]), path.parent)
-        for path in Path(folder).glob(f"*/{_HEADER}")
-    ]
-    complete = [(step, path) for step, path in found if not path.name.endswith(_PARTIAL)]
-    return max(complete)[1] if complete else None
+    """The checkpoint of the most steps among the complete ones in a folder, or None.
+
+    Args:
+        folder: Where checkpoints are, each in a folder of its own.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ValueError: A checkpoint is of another format.
+    """
+    paths = [path.parent for path in Path(folder).glob(f"*/{_HEADER}")]
+    complete = [path for path in paths if not path.name.endswith(_PARTIAL)]
+    return max(complete, key=lambda path: int(_read_header(path)["step"]), default=None)
 
 
 def _model_and_fused_state(model: nn.Module, optimizer: CombinedOptimizer) -> dict[str, Any]:
@@ -123,14 +149,14 @@ def _model_and_fused_state(model: nn.Module, optimizer: CombinedOptimizer) -> di
     Nested state of the fused optimizers fails where a rank owns no part of a table.
     """
     state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    for parameter, entries in _part(optimizer, FUSED).state_dict()["state"].items():
+    for parameter, entries in _keyed_optimizer(optimizer, FUSED).state_dict()["state"].items():
         for name, tensor in entries.items():
             state[f"{_OPTIMIZER}/{FUSED}/{parameter}/{name}"] = tensor
     return state
 
 
 def _dense_state(optimizer: CombinedOptimizer) -> dict[str, Any]:
-    dense = _part(optimizer, DENSE)
+    dense = _keyed_optimizer(optimizer, DENSE)
     return {
         f"{_OPTIMIZER}/{DENSE}/{parameter}/{name}": torch.as_tensor(value)
         for parameter, tensor in dense.params.items()
@@ -150,7 +176,7 @@ def _empty_dense_state(stored: Mapping[str, Any]) -> dict[str, Any]:
 def _restore_dense_state(
     optimizer: CombinedOptimizer, dense_state: Mapping[str, torch.Tensor]
 ) -> None:
-    dense = _part(optimizer, DENSE)
+    dense = _keyed_optimizer(optimizer, DENSE)
     for key, tensor in dense_state.items():
         parameter, name = key.removeprefix(f"{_OPTIMIZER}/{DENSE}/").rsplit("/", 1)
         weight = dense.params[parameter]
@@ -160,43 +186,111 @@ def _restore_dense_state(
         )
 
 
-def _part(optimizer: CombinedOptimizer, key: str) -> KeyedOptimizer:
+def _keyed_optimizer(optimizer: CombinedOptimizer, key: str) -> KeyedOptimizer:
     """The fused or the dense part; an empty one where a model has no dense parameters."""
     return dict(optimizer.optimizers).get(key) or CombinedOptimizer([])
 
 
-def _parameter_groups(optimizer: CombinedOptimizer, prefix: str = "") -> dict[str, dict[str, Any]]:
-    """The parameter groups that a rank has, by the first parameter of each."""
-    groups: dict[str, dict[str, Any]] = {}
+def _parameter_groups(
+    optimizer: CombinedOptimizer, prefix: str = ""
+) -> list[tuple[list[str], dict[str, Any]]]:
+    """The parameter groups that a rank has, each with the names of its parameters.
+
+    TorchRec groups the tables of a kernel, so that which are together depends on rank and layout.
+    """
+    groups: list[tuple[list[str], dict[str, Any]]] = []
     for key, part in optimizer.optimizers:
         if isinstance(part, CombinedOptimizer):
-            groups |= _parameter_groups(part, f"{prefix}{key}/")
+            groups += _parameter_groups(part, f"{prefix}{key}/")
             continue
-        name_of = {id(tensor): name for name, tensor in part.params.items()}
+        name_of = {id(tensor): f"{prefix}{key}/{name}" for name, tensor in part.params.items()}
         for group in part.param_groups:
-            groups[f"{prefix}{key}/{name_of[id(group['params'][0])]}"] = group
+            groups.append(([name_of[id(tensor)] for tensor in group["params"]], group))
     return groups
 
 
-def _settings_of_all_ranks(optimizer: CombinedOptimizer, env: Env) -> dict[str, dict[str, Any]]:
-    """Learning rates and the like of every parameter group of any rank, as JSON can hold them."""
-    mine = {
-        name: {
-            key: value.item() if isinstance(value, torch.Tensor) else value
-            for key, value in group.items()
-            if key != "params"
-        }
-        for name, group in _parameter_groups(optimizer).items()
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Learning rate and the like, as JSON can hold them."""
+    return {
+        key: value.item() if isinstance(value, torch.Tensor) else value
+        for key, value in group.items()
+        if key != "params"
     }
+
+
+def _settings_of_all_ranks(optimizer: CombinedOptimizer, env: Env) -> dict[str, dict[str, Any]]:
+    """The settings of every parameter that any rank has."""
+    with all_or_none(env, "reading the optimizer's settings"):
+        mine = {
+            name: _settings(group)
+            for names, group in _parameter_groups(optimizer)
+            for name in names
+        }
     of_ranks: list[dict[str, dict[str, Any]]] = [{}] * env.world_size
     dist.all_gather_object(of_ranks, mine)
     return {name: settings for of_rank in of_ranks for name, settings in of_rank.items()}
 
 
+def _settings_to_restore(
+    path: Path, optimizer: CombinedOptimizer, saved: Mapping[str, dict[str, Any]]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """For every parameter group of this rank, the settings that its parameters were saved with.
+
+    Raises:
+        ValueError: The checkpoint has none, or others than one group can have.
+    """
+    found = []
+    for names, group in _parameter_groups(optimizer):
+        for name in names:
+            if name not in saved:
+                raise ValueError(f"checkpoint {path} has no optimizer settings of {name!r}")
+            differ = (set(saved[name]) ^ set(group)) - {"params", _SCHEDULED}
+            if differ:
+                raise ValueError(
+                    f"checkpoint {path}: the optimizer of {name!r} was saved with other settings, "
+                    f"they differ in {min(differ)!r}; load it into the optimizer it was saved from"
+                )
+            if saved[name] != saved[names[0]]:
+                raise ValueError(
+                    f"checkpoint {path} has different optimizer settings for {names[0]!r} and "
+                    f"{name!r}, which share one parameter group here; give them one optimizer"
+                )
+        found.append((group, saved[names[0]]))
+    return found
+
+
+def _check_nothing_unread(
+    path: Path, state: Mapping[str, Any], stored: Mapping[str, Any], env: Env
+) -> None:
+    """Refuses a checkpoint of more optimizer state than the ranks ask for together.
+
+    Raises:
+        ValueError: There is more.
+    """
+    wanted: list[set[str]] = [set()] * env.world_size
+    dist.all_gather_object(wanted, set(state))
+    fused = {name for name in stored if name.startswith(f"{_OPTIMIZER}/{FUSED}/")}
+    unread = fused.difference(*wanted)
+    if unread:
+        raise ValueError(
+            f"checkpoint {path} has {min(unread)!r}, for which the model's optimizer has no place; "
+            "load it into the optimizer it was saved from"
+        )
+
+
 def _read_header(path: Path) -> dict[str, Any]:
     if not (path / _HEADER).is_file():
         raise FileNotFoundError(f"{path} is not a checkpoint: it has no {_HEADER}")
-    header: dict[str, Any] = json.loads((path / _HEADER).read_text())
+    try:
+        header: dict[str, Any] = json.loads((path / _HEADER).read_text())
+        known = {"format", "step", "settings"} <= set(header)
+    except (ValueError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"checkpoint {path} is damaged: its {_HEADER} is not as it was written; remove the "
+            "folder, and an older checkpoint is the latest"
+        )
     if header["format"] != _FORMAT:
         raise ValueError(
             f"checkpoint {path} has format {header['format']}, this version of shardemb reads "
@@ -220,10 +314,4 @@ def _check_fits(path: Path, state: Mapping[str, Any], stored: Mapping[str, Any])
             )
     unread = [name for name in stored if name.startswith("model/") and name not in state]
     if unread:
-        raise ValueError(f"checkpoint {path} has {unread[0]!r}, which the model has not")
-
-
-def _check_settings(path: Path, optimizer: CombinedOptimizer, saved: Mapping[str, Any]) -> None:
-    missing = [name for name in _parameter_groups(optimizer) if name not in saved]
-    if missing:
-        raise ValueError(f"checkpoint {path} has no settings of the parameter group {missing[0]!r}")
+        raise ValueError(f"checkpoint {path} has {unread[0]!r}, which the model does not have")

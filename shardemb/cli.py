@@ -28,6 +28,7 @@ def plan(argv: Sequence[str]) -> int:
 
     from shardemb import plan_sharding
     from shardemb.env import Env
+    from shardemb.errors import RunError
     from shardemb.recipes.config_file import read_config
 
     recipe = import_module(f"shardemb.recipes.{name}")
@@ -35,7 +36,7 @@ def plan(argv: Sequence[str]) -> int:
         env = Env(world_size=asked.world_size, num_nodes=asked.num_nodes)
         config = read_config(recipe.Config, rest, Env())
         made = plan_sharding(recipe.build_model(config), env, recipe.build_layouts(config))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RunError) as error:
         return _refuse(error)
     print(made.to_json() if asked.json else made)
     return 0
@@ -47,7 +48,7 @@ def data(argv: Sequence[str]) -> int:
     parser.add_argument("out", help="folder for train.txt, test.txt and generated.json")
     parser.add_argument("--rows", type=int, default=300_000, help="rows to train on")
     parser.add_argument("--test-rows", type=int, default=30_000, help="rows to hold out")
-    parser.add_argument("--seed", type=int, default=0, help="which log")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generator")
     asked = parser.parse_args(argv)
 
     from pathlib import Path

@@ -1,6 +1,7 @@
-"""What a table is: its rows, features, optimizer and first values. Not where it lies."""
+"""What a table is: its rows, features, optimizer and initial values. Not where it lies."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,7 +23,7 @@ class TableConfig:
         feature_names: Keys of the batch that look up here. Several features may share one table.
         pooling: How the rows of a bag are pooled: "sum" or "mean". An empty bag is a row of zeros.
         optimizer: How looked-up rows are updated.
-        init: First values; by default uniform within 1 / sqrt(num_embeddings), as in TorchRec.
+        init: Initial values; by default uniform within 1 / sqrt(num_embeddings), as in TorchRec.
 
     Raises:
         ValueError: A field is out of its range.
@@ -87,7 +88,8 @@ class TableConfig:
                 f"{self.feature_names!r}; "
                 f"use ({self.feature_names!r},)"
             )
-        object.__setattr__(self, "feature_names", tuple(self.feature_names))
+        if isinstance(self.feature_names, Iterable):
+            object.__setattr__(self, "feature_names", tuple(self.feature_names))
         if not self.feature_names or not all(isinstance(f, str) and f for f in self.feature_names):
             raise ValueError(
                 f"{table}: feature_names must hold at least one name, got {self.feature_names!r}"
@@ -98,7 +100,7 @@ class TableConfig:
             )
 
     @property
-    def first_values(self) -> Init:
+    def initial_values(self) -> Init:
         """`init`, or its default."""
         if self.init is not None:
             return self.init

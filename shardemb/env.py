@@ -1,12 +1,15 @@
-"""Who am I: rank, device and process group. The only reader of `os.environ`."""
+"""Who am I: rank, device and process group. The only reader of `os.environ` but the doctor."""
 
 import atexit
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from shardemb.errors import RunError
 
 _SET_BY_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
@@ -24,7 +27,8 @@ class Env:
         world_size: Number of processes.
         num_nodes: Number of nodes, each with the same number of processes.
         device: Where this process computes.
-        num_restarts: How often torchrun started the ranks again after one of them failed.
+        run_id: The launcher's name for the job, the same when it starts ranks again; None if
+            there is none.
     """
 
     rank: int = 0
@@ -32,7 +36,7 @@ class Env:
     world_size: int = 1
     num_nodes: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - it is immutable
-    num_restarts: int = 0
+    run_id: str | None = None
 
     def __post_init__(self) -> None:
         if self.world_size < 1 or self.num_nodes < 1 or self.world_size % self.num_nodes:
@@ -58,8 +62,8 @@ class Env:
 def init_distributed(*, device: str | None = None, timeout_s: float = 1800.0) -> Env:
     """Joins the process group that torchrun or torchx started, or starts one of a single rank.
 
-    CPU tensors go through gloo; on CUDA, CUDA tensors go through NCCL. Calling it again returns the
-    same `Env`.
+    CPU tensors go through gloo; on CUDA, CUDA tensors go through NCCL. A process group that is
+    there already is kept.
 
     Args:
         device: "cpu" or "cuda"; by default CUDA where there is a device, else the CPU.
@@ -69,8 +73,8 @@ def init_distributed(*, device: str | None = None, timeout_s: float = 1800.0) ->
         The environment of this process.
 
     Raises:
-        RuntimeError: The launcher's variables are incomplete, or CUDA is asked for where there is
-            none.
+        RunError: The launcher's variables are incomplete or contradict a process group that is
+            there, or CUDA is asked for where there is none.
         ValueError: `device` is neither "cpu" nor "cuda".
 
     Example:
@@ -81,16 +85,22 @@ def init_distributed(*, device: str | None = None, timeout_s: float = 1800.0) ->
         raise ValueError(f"device must be 'cpu', 'cuda' or None, got {device!r}")
     rank, local_rank, world_size, local_world_size = _launched_as()
     chosen = _device(device, local_rank)
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     env = Env(
         rank=rank,
         local_rank=local_rank,
         world_size=world_size,
-        num_nodes=max(1, world_size // local_world_size),
+        num_nodes=world_size // local_world_size,
         device=chosen,
-        num_restarts=_integer("TORCHELASTIC_RESTART_COUNT", default=0),
+        run_id=None if run_id == "none" else run_id,
     )
     if not dist.is_initialized():
         _start(env, timedelta(seconds=timeout_s), launched="RANK" in os.environ)
+    elif (dist.get_rank(), dist.get_world_size()) != (env.rank, env.world_size):
+        raise RunError(
+            f"a process group is there already, of rank {dist.get_rank()} of "
+            f"{dist.get_world_size()}; the environment says rank {env.rank} of {env.world_size}"
+        )
     return env
 
 
@@ -100,27 +110,25 @@ def _launched_as() -> tuple[int, int, int, int]:
         return 0, 0, 1, 1
     missing = [name for name in _SET_BY_LAUNCHER if name not in os.environ]
     if missing:
-        raise RuntimeError(
+        raise RunError(
             f"the environment has {', '.join(given)} but not {', '.join(missing)}; "
             "start with torchrun or torchx, which set all four, or unset them to run on one rank"
         )
     rank, local_rank, world_size, local_world_size = map(_integer, _SET_BY_LAUNCHER)
     if local_world_size < 1 or world_size % local_world_size:
-        raise RuntimeError(
+        raise RunError(
             f"WORLD_SIZE={world_size} is not a multiple of LOCAL_WORLD_SIZE={local_world_size}; "
             "give every node the same number of ranks"
         )
     return rank, local_rank, world_size, local_world_size
 
 
-def _integer(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, default)
+def _integer(name: str) -> int:
+    text = os.environ[name]
     try:
-        return int(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise RuntimeError(
-            f"environment variable {name} must be an integer, got {text!r}"
-        ) from None
+        return int(text)
+    except ValueError:
+        raise RunError(f"environment variable {name} must be an integer, got {text!r}") from None
 
 
 def _device(asked: str | None, local_rank: int) -> torch.device:
@@ -128,7 +136,7 @@ def _device(asked: str | None, local_rank: int) -> torch.device:
         return torch.device("cpu")
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_rank >= num_devices:
-        raise RuntimeError(
+        raise RunError(
             f"local rank {local_rank} needs CUDA device {local_rank}, this node has {num_devices}; "
             "start fewer ranks on a node, or use device='cpu'"
         )
@@ -148,6 +156,25 @@ def _start(env: Env, timeout: timedelta, *, launched: bool) -> None:
     atexit.register(_stop)
 
 
+def leave_at_once(status: int) -> None:
+    """Makes this process end, when it ends, without waiting for collectives that others never join.
+
+    gloo waits for those that are under way until their timeout, and the other ranks with it.
+
+    Args:
+        status: The exit status.
+    """
+    atexit.register(_leave, status)
+
+
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def _stop() -> None:
+    if hasattr(sys, "last_value"):  # an exception that nobody caught
+        _leave(1)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The first values of a table's rows: a pure function of (seed, table name, row).
+"""The initial values of a table's rows: a pure function of (seed, table name, row).
 
 Never of a rank or a layout.
 Random bits come from NumPy's counter-based Philox4x64-10 (Salmon et al., SC 2011). The key is the
@@ -43,7 +43,8 @@ class Uniform:
         unit_RD = (words_RD >> np.uint32(8)).astype(np.float32)
         unit_RD *= np.float32((self.high - self.low) / 2**24)
         unit_RD += np.float32(self.low)
-        return unit_RD
+        below_high = np.nextafter(np.float32(self.high), np.float32(-np.inf))
+        return np.minimum(unit_RD, below_high, out=unit_RD)  # the sum may round up to high
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,17 +4,19 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec import KeyedJaggedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from shardemb.agree import raise_on_all_ranks
-from shardemb.data.id_guard import CheckedForward, check_with_each, checks_of, trusted
+from shardemb.data.id_guard import GuardedForward, guards_of, one_step
 from shardemb.env import Env
+from shardemb.errors import RunError
 
 _FAILED, _ENDED, _SIZE, _SIZE_SQUARED, _LOSS = range(5)
 
@@ -24,7 +26,8 @@ class TrainPipeline:
 
     In every step the ranks exchange a few numbers, while the backward pass runs: the loss, and
     whether each has its next batch, and of what size. So an error in one rank's loader, or a loader
-    that ends early, ends the run on all ranks before any of them waits for the others.
+    that ends early, ends the run on all ranks before any of them waits for the others. An
+    error in the model's own forward or backward ends its rank, and that, at once, the others.
 
     Args:
         model: Of `shard_modules`. Its forward takes a batch and returns the loss, or a tuple that
@@ -32,11 +35,19 @@ class TrainPipeline:
             of the global batch.
         optimizer: Of `build_optimizer`.
         env: This process.
+
+    Raises:
+        ValueError: The model is not sharded.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, env: Env) -> None:
+        if not isinstance(model, DistributedModelParallel):
+            raise ValueError(
+                "TrainPipeline takes the model that shard_modules returned, got "
+                f"{type(model).__name__}, whose ranks would train apart"
+            )
         self._model, self._optimizer, self._env = model, optimizer, env
-        self._checks = checks_of(model)
+        self._guards = guards_of(model)
 
     def run(
         self, loader: Iterable[Any], num_steps: int, *, first_step: int = 0
@@ -45,24 +56,24 @@ class TrainPipeline:
 
         Args:
             loader: Yields this rank's part of each global batch: anything with `.to(device)`, or a
-                dict, list or tuple of such. All parts of a global batch have the same size.
+                dataclass, dict, list or tuple of such. All parts have the same size.
             num_steps: The step after which to stop, counted from 0.
             first_step: The number of the first step; above 0 after a checkpoint was loaded.
 
         Yields:
-            The number of steps done, and the loss of the global batch before its update: a tensor
-            of no dimensions, so that reading it is what waits for the device.
+            The number of steps done, and the loss of the global batch before its update, a scalar
+            (0-dim) tensor, float64.
 
         Raises:
             Exception: What this rank's loader raised.
-            RuntimeError: Another rank's loader failed or ended early, or the ranks' batches differ
-                in size.
-            ValueError: The model's forward returns no loss.
+            RunError: Another rank's loader failed or ended early, the ranks' batches differ in
+                size, or the loss is not finite.
+            ValueError: The model's forward returns no loss, or looks a collection up twice.
         """
         if first_step >= num_steps:
             return
         batches = iter(loader)
-        upcoming = _Upcoming(batches, self._checks, self._env)
+        upcoming = _NextBatch(batches, self._guards, self._env)
         upcoming.announce()
         for step in range(first_step + 1, num_steps + 1):
             batch = upcoming.agreed(step)
@@ -70,14 +81,16 @@ class TrainPipeline:
                 return
             self._model.train()
             self._optimizer.zero_grad()
-            loss = _loss_of(self._forward(batch))
-            upcoming = _Upcoming(batches if step < num_steps else iter(()), self._checks, self._env)
+            with one_step(self._guards, upcoming.checked):
+                loss = _loss_of(self._model(batch))
+            upcoming = _NextBatch(
+                batches if step < num_steps else iter(()), self._guards, self._env
+            )
             upcoming.announce(loss.detach())
             loss.backward()
             self._optimizer.step()
-            yield step, upcoming.mean_loss
+            yield step, upcoming.mean_loss(step)
 
-    @torch.no_grad()
     def evaluate(self, loader: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         """Runs the model over all batches of a loader and changes nothing.
 
@@ -89,41 +102,46 @@ class TrainPipeline:
 
         Raises:
             Exception: What this rank's loader raised.
-            RuntimeError: Another rank's loader failed or ended early, or the ranks' batches differ
-                in size.
+            RunError: Another rank's loader failed or ended early, or the ranks' batches differ in
+                size.
         """
-        batches = iter(loader)
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            yield from self._results(iter(loader))
+        finally:
+            self._model.train(was_training)
+
+    def _results(self, batches: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
         for step in itertools.count(1):
-            upcoming = _Upcoming(batches, self._checks, self._env)
+            upcoming = _NextBatch(batches, self._guards, self._env)
             upcoming.announce()
             batch = upcoming.agreed(step)
             if batch is None:
                 return
-            self._model.eval()
-            yield batch, self._forward(batch)
-
-    def _forward(self, batch: Any) -> Any:
-        with trusted(self._checks):
-            return self._model(batch)
+            with torch.no_grad(), one_step(self._guards, upcoming.checked):
+                result = self._model(batch)
+            yield batch, result
 
 
-class _Upcoming:
-    """A batch that was fetched, and the other ranks' word on theirs."""
+class _NextBatch:
+    """A batch that was fetched and checked, and what the other ranks said of theirs."""
 
-    def __init__(self, batches: Iterator[Any], checks: Sequence[CheckedForward], env: Env) -> None:
+    def __init__(self, batches: Iterator[Any], guards: Sequence[GuardedForward], env: Env) -> None:
         self._env = env
         self._error: Exception | None = None
         self._batch: Any = None
         self._mine = [0.0] * 5
         self._sent: dist.Work | None = None
+        self.checked: list[tuple[GuardedForward, torch.Tensor]] = []
         try:
             self._batch = next(batches)
-            for leaf in _leaves(self._batch):
-                if isinstance(leaf, KeyedJaggedTensor):
-                    check_with_each(checks, leaf)
             size = batch_size_of(self._batch)
             self._mine[_SIZE], self._mine[_SIZE_SQUARED] = size, size**2
+            who = [_check(guards, features) for features in _features(self._batch)]
             self._batch = _to_device(self._batch, env.device)
+            for checked_by, features in zip(who, _features(self._batch), strict=True):
+                self.checked += [(guard, features.values()) for guard in checked_by]
         except StopIteration:
             self._mine[_ENDED] = 1
         except Exception as error:  # noqa: BLE001 - raised by `agreed`, on every rank
@@ -138,11 +156,26 @@ class _Upcoming:
         if self._env.world_size > 1:
             self._sent = dist.all_reduce(self._sum, async_op=True)
 
-    @property
-    def mean_loss(self) -> torch.Tensor:
-        """The mean of the losses that were announced, float64 of no dimensions."""
+    def mean_loss(self, step: int) -> torch.Tensor:
+        """The mean of the losses that were announced, a scalar (0-dim) float64 tensor.
+
+        Args:
+            step: Number of their step, for messages.
+
+        Returns:
+            The mean over ranks.
+
+        Raises:
+            RunError: It is not finite.
+        """
         self._wait()
-        return self._sum[_LOSS] / self._env.world_size
+        mean = self._sum[_LOSS] / self._env.world_size
+        if not torch.isfinite(mean):
+            raise RunError(
+                f"the loss of step {step} is {float(mean)}; lower the learning rates, or look for "
+                "values in the data that are not finite"
+            )
+        return mean
 
     def agreed(self, step: int) -> Any:
         """The batch, or None when all ranks' loaders have ended.
@@ -154,7 +187,7 @@ class _Upcoming:
             The batch, on the device.
 
         Raises:
-            RuntimeError: The ranks' loaders differ.
+            RunError: The ranks' loaders differ.
         """
         self._wait()
         failed, ended, size, size_squared, _ = self._sum.tolist()
@@ -164,13 +197,13 @@ class _Upcoming:
         if ended == world_size:
             return None
         if ended:
-            raise RuntimeError(
+            raise RunError(
                 f"the loaders of {ended:.0f} of {world_size} ranks ended before step {step}, that "
                 f"of rank {self._env.rank} {'ended' if self._mine[_ENDED] else 'goes on'}; "
-                "give every rank as many batches"
+                "give every rank the same number of batches"
             )
         if size_squared * world_size != size**2:
-            raise RuntimeError(
+            raise RunError(
                 f"the ranks' batches of step {step} differ in size, that of rank {self._env.rank} "
                 f"has {self._mine[_SIZE]:.0f} samples, the mean is {size / world_size:g}; split "
                 "the global batch evenly, as the mean over ranks would not be that over samples"
@@ -187,8 +220,8 @@ def _loss_of(result: Any) -> torch.Tensor:
     loss = result[0] if isinstance(result, tuple) else result
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise ValueError(
-            "the model's forward must return a loss, or a tuple that begins with one, got "
-            f"{type(loss).__name__}"
+            "the model's forward must return a loss of one element, or a tuple that begins with "
+            f"it, got {type(loss).__name__} {list(getattr(loss, 'shape', []))}"
         )
     return loss
 
@@ -222,6 +255,19 @@ def batch_size_of(batch: Any) -> int:
     )
 
 
+def _check(guards: Sequence[GuardedForward], batch: KeyedJaggedTensor) -> list[GuardedForward]:
+    """Checks a batch by the guards whose features it has, and returns them."""
+    keys = set(batch.keys())
+    able = [guarded for guarded in guards if keys.issuperset(guarded.guard.feature_names)]
+    for guarded in able:
+        guarded.guard.check(batch)
+    return able
+
+
+def _features(batch: Any) -> list[KeyedJaggedTensor]:
+    return [leaf for leaf in _leaves(batch) if isinstance(leaf, KeyedJaggedTensor)]
+
+
 def _leaves(batch: Any) -> Iterator[Any]:
     if is_dataclass(batch) and not isinstance(batch, type):
         for field in fields(batch):
@@ -241,6 +287,11 @@ def _to_device(batch: Any, device: torch.device) -> Any:
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {name: _to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_to_device(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):
         return type(batch)(_to_device(value, device) for value in batch)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        moved = {f.name: _to_device(getattr(batch, f.name), device) for f in fields(batch)}
+        return replace(batch, **moved)
     return batch

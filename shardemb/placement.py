@@ -1,5 +1,6 @@
 """A sharding plan as a value, as text and as JSON. How one is made is in `plan.py`."""
 
+import functools
 import json
 from dataclasses import asdict, dataclass
 
@@ -26,6 +27,11 @@ class Shard:
     weight_bytes: int
     optimizer_bytes: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both."""
+        return self.weight_bytes + self.optimizer_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class TablePlacement:
@@ -37,7 +43,7 @@ class TablePlacement:
         num_embeddings: Number of rows.
         embedding_dim: Number of columns.
         layout: "row_wise" or "table_wise".
-        why: Who chose the layout.
+        chosen_by: Who chose the layout.
         optimizer: Name of its sparse optimizer.
         shards: Its blocks, by rank.
     """
@@ -47,7 +53,7 @@ class TablePlacement:
     num_embeddings: int
     embedding_dim: int
     layout: str
-    why: str
+    chosen_by: str
     optimizer: str
     shards: tuple[Shard, ...]
 
@@ -66,17 +72,21 @@ class ShardingPlan:
     tables: tuple[TablePlacement, ...]
     torchrec: TorchRecShardingPlan
 
-    def bytes_on(self, rank: int) -> int:
-        """Bytes of weights and optimizer state on a rank."""
-        shards = [shard for table in self.tables for shard in table.shards if shard.rank == rank]
-        return sum(shard.weight_bytes + shard.optimizer_bytes for shard in shards)
+    @functools.cached_property
+    def bytes_per_rank(self) -> list[int]:
+        """Bytes of weights and optimizer state on each rank."""
+        totals = [0] * self.world_size
+        for table in self.tables:
+            for shard in table.shards:
+                totals[shard.rank] += shard.num_bytes
+        return totals
 
     def to_json(self) -> str:
         """The plan as JSON: `world_size`, `tables` and `bytes_per_rank`."""
         plan = {
             "world_size": self.world_size,
             "tables": [asdict(table) for table in self.tables],
-            "bytes_per_rank": [self.bytes_on(rank) for rank in range(self.world_size)],
+            "bytes_per_rank": self.bytes_per_rank,
         }
         return json.dumps(plan, indent=2)
 
@@ -89,11 +99,9 @@ class ShardingPlan:
                 _ranges([shard.rank for shard in table.shards]),
                 format_bytes(sum(shard.weight_bytes for shard in table.shards)),
                 format_bytes(sum(shard.optimizer_bytes for shard in table.shards)),
-                format_bytes(
-                    max(shard.weight_bytes + shard.optimizer_bytes for shard in table.shards)
-                ),
+                format_bytes(max(shard.num_bytes for shard in table.shards)),
                 table.optimizer,
-                table.why,
+                table.chosen_by,
             )
             for table in self.tables
         ]
@@ -108,7 +116,7 @@ class ShardingPlan:
             "optimizer",
             "chosen by",
         )
-        totals = [self.bytes_on(rank) for rank in range(self.world_size)]
+        totals = self.bytes_per_rank
         busiest = max(range(self.world_size), key=totals.__getitem__)
         mean = sum(totals) / self.world_size
         lines = [format_table(header, rows, right=(1, 4, 5, 6))]
@@ -116,8 +124,7 @@ class ShardingPlan:
             lines += [f"rank {rank}: {format_bytes(total)}" for rank, total in enumerate(totals)]
         lines.append(
             f"in all {format_bytes(sum(totals))}; most on rank {busiest}: "
-            f"{format_bytes(totals[busiest])}, "
-            f"{totals[busiest] / mean:.2f} times the mean"
+            f"{format_bytes(totals[busiest])}, {totals[busiest] / mean:.2f} times the mean"
         )
         return "\n".join(lines)
 

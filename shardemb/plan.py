@@ -1,57 +1,22 @@
 """Which rank holds which rows. Allocates nothing; needs neither processes nor GPUs."""
 
 import difflib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-import torch
-import torchrec
 from torch import nn
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import (
-    KernelConfig,
-    PlannerError,
-    TopologyFactory,
-    TrainerConfig,
-)
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan
 from torchrec.distributed.sharding_plan import row_wise as torchrec_row_wise
 from torchrec.distributed.sharding_plan import table_wise as torchrec_table_wise
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding
+from torchrec.distributed.types import ParameterSharding
 from torchrec.distributed.types import ShardingPlan as TorchRecShardingPlan
 
-from shardemb import optim
 from shardemb.env import Env
+from shardemb.errors import RunError
 from shardemb.layouts import Layout, RowWise, TableWise, row_wise_leaves_a_rank_empty
-from shardemb.optim import SparseOptimizer
+from shardemb.modules.discovery import find_collections, optimizer_of, tables_not_row_wise
 from shardemb.placement import Shard, ShardingPlan, TablePlacement
-
-_FUSED = "fused"
-_CONFIG_OF: dict[type, type[SparseOptimizer]] = {
-    torch.optim.SGD: optim.SGD,
-    torch.optim.Adagrad: optim.Adagrad,
-    torchrec.optim.SGD: optim.SGD,
-    torchrec.optim.Adagrad: optim.Adagrad,
-    torchrec.optim.RowWiseAdagrad: optim.RowWiseAdagrad,
-}
-
-
-class Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
-    """TorchRec's sharder, which also offers row-wise on CPU, and only what shardemb supports."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:  # noqa: ARG002
-        """Names of the layouts."""
-        return [RowWise.torchrec_name, TableWise.torchrec_name]
-
-    def compute_kernels(
-        self,
-        sharding_type: str,  # noqa: ARG002
-        compute_device_type: str,  # noqa: ARG002
-    ) -> list[str]:
-        """Names of the kernels."""
-        return [_FUSED]
+from shardemb.planner import FUSED, Sharder, choose_layouts, table_bytes_per_rank
+from shardemb.text import format_bytes
 
 
 def plan_sharding(
@@ -66,12 +31,12 @@ def plan_sharding(
         layouts: A layout for some or all tables, by table name.
 
     Returns:
-        The plan, the same on every rank that asks for it.
+        The plan. Ranks of equal devices make the same one; `shard_modules` checks it.
 
     Raises:
-        ValueError: The model has no collection, a table name is unknown or not unique, a layout
-            does not fit its table or the ranks, or a table has no optimizer that FBGEMM can fuse.
-        RuntimeError: TorchRec's planner finds no plan that fits.
+        ValueError: The model has no collection or one that is not supported, a table name is
+            unknown or not unique, or a layout does not fit its table or the ranks.
+        RunError: The tables do not fit in the ranks' memory.
 
     Example:
         >>> import shardemb as se
@@ -83,202 +48,94 @@ def plan_sharding(
         >>> [shard.num_rows for shard in plan.tables[0].shards]
         [250, 250, 250, 250]
     """
-    layouts = dict(layouts or {})
+    named = dict(layouts or {})
     collections = find_collections(model)
-    weights = _weights_by_table(collections)
-    _check_names(layouts, list(weights))
-    for name, weight in weights.items():
-        _check_optimizer(name, weight)
-        _check_layout(name, layouts.get(name), weight.shape[0], env)
-    chosen = _ask_planner(model, env, layouts, weights)
+    weights = {
+        name: bag.weight
+        for collection in collections.values()
+        for name, bag in collection.embedding_bags.items()
+    }
+    num_embeddings = {name: weight.shape[0] for name, weight in weights.items()}
+    _check_layouts(named, num_embeddings, env)
+    not_row_wise = {
+        table: feature
+        for collection in collections.values()
+        for table, feature in tables_not_row_wise(collection).items()
+    }
+    for table in named.keys() & not_row_wise:
+        if isinstance(named[table], RowWise):
+            raise ValueError(
+                f"table {table!r} has mean pooling and cannot be row_wise in a collection in which "
+                f"two tables look up feature {not_row_wise[table]!r}: TorchRec computes that "
+                "wrongly; use table_wise(), or two collections"
+            )
+    too_small = {
+        name
+        for name, rows in num_embeddings.items()
+        if row_wise_leaves_a_rank_empty(rows, env.world_size)
+    }
+    chosen = choose_layouts(model, env, named, list(weights), whole=too_small | set(not_row_wise))
     plan = TorchRecShardingPlan(plan={})
     placements = []
     for path, collection in collections.items():
-        named = {
-            name: _by_hand(layouts[name], chosen.get(name))
-            for name in collection.embedding_bags
-            if name in layouts
-        }
-        rest = {
-            name: _as_chosen(chosen[name])
-            for name in collection.embedding_bags
-            if name not in layouts
-        }
-        module_plan: EmbeddingModuleShardingPlan = construct_module_sharding_plan(
+        plan.plan[path] = construct_module_sharding_plan(
             collection,
-            per_param_sharding=named | rest,
+            per_param_sharding={
+                name: _torchrec_layout(chosen[name]) for name in collection.embedding_bags
+            },
             sharder=Sharder(),
             local_size=env.local_world_size,
             world_size=env.world_size,
             device_type=env.device.type,
         )
-        plan.plan[path] = module_plan
         placements += [
-            _placement(
-                name,
-                path,
-                weights[name],
-                module_plan[name],
-                _chosen_by(layouts.get(name)),
-            )
-            for name in collection.embedding_bags
+            _placement(name, path, weights[name], sharding, _chosen_by(named.get(name)))
+            for name, sharding in plan.plan[path].items()
         ]
-    return ShardingPlan(world_size=env.world_size, tables=tuple(placements), torchrec=plan)
+    made = ShardingPlan(world_size=env.world_size, tables=tuple(placements), torchrec=plan)
+    _check_memory(made, table_bytes_per_rank(env))
+    return made
 
 
-def find_collections(model: nn.Module) -> dict[str, torchrec.EmbeddingBagCollection]:
-    """The unsharded collections of a model by their paths.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        Paths and collections, at least one.
-
-    Raises:
-        ValueError: There is none.
-    """
-    found = {
-        path: module
-        for path, module in model.named_modules()
-        if type(module) is torchrec.EmbeddingBagCollection
-    }
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} holds no unsharded EmbeddingBagCollection; "
-            "build one with shardemb.EmbeddingBagCollection(tables) and give it to the model"
-        )
-    return found
-
-
-def _weights_by_table(
-    collections: Mapping[str, torchrec.EmbeddingBagCollection],
-) -> dict[str, nn.Parameter]:
-    weights: dict[str, nn.Parameter] = {}
-    for path, collection in collections.items():
-        for name, bag in collection.embedding_bags.items():
-            if name in weights:
-                raise ValueError(
-                    f"table {name!r} is in two collections, the second is {path!r}; rename one of "
-                    "them"
-                )
-            weights[name] = bag.weight
-    return weights
-
-
-def _check_names(layouts: Mapping[str, Layout], tables: list[str]) -> None:
+def _check_layouts(
+    layouts: Mapping[str, Layout], num_embeddings: Mapping[str, int], env: Env
+) -> None:
     for name, layout in layouts.items():
-        if name not in tables:
-            close = difflib.get_close_matches(name, tables, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+        if name not in num_embeddings:
             raise ValueError(
-                f"the layouts name table {name!r}, the model has {', '.join(tables)}{hint}"
+                f"the layouts name table {name!r}, the model has {_some(num_embeddings, name)}"
             )
         if not isinstance(layout, Layout):
             raise ValueError(
                 f"table {name!r}: the layout must come from shardemb.layouts, such as row_wise(), "
                 f"got {layout!r}"
             )
+        if isinstance(layout, TableWise) and (layout.rank or 0) >= env.world_size:
+            raise ValueError(
+                f"table {name!r}: table_wise(rank={layout.rank}) is planned for {env.world_size} "
+                f"ranks; use a rank in 0..{env.world_size - 1}"
+            )
+        rows = num_embeddings[name]
+        if isinstance(layout, RowWise) and row_wise_leaves_a_rank_empty(rows, env.world_size):
+            raise ValueError(
+                f"table {name!r}: row_wise over {env.world_size} ranks leaves a rank without rows, "
+                f"the table has {rows}; use table_wise()"
+            )
 
 
-def _check_optimizer(name: str, weight: nn.Parameter) -> None:
-    classes = getattr(weight, "_optimizer_classes", None)
-    if not classes:
-        raise ValueError(
-            f"table {name!r} has no optimizer, so TorchRec would plan a kernel that never updates "
-            "it in the backward "
-            "pass; build the collection with shardemb.EmbeddingBagCollection, or call "
-            "torch.distributed.optim._apply_optimizer_in_backward on its weight before "
-            "plan_sharding"
-        )
-    if classes[0] not in _CONFIG_OF:
-        raise ValueError(
-            f"table {name!r}: optimizer {classes[0].__name__} is not supported yet; use one of "
-            "SGD, Adagrad and "
-            "RowWiseAdagrad of shardemb.optim"
-        )
+def _some(names: Iterable[str], like: str) -> str:
+    """A few names, and the one that may have been meant."""
+    names = list(names)
+    close = difflib.get_close_matches(like, names, n=1)
+    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return shown + (f"; did you mean {close[0]!r}?" if close else "")
 
 
-def _check_layout(name: str, layout: Layout | None, num_embeddings: int, env: Env) -> None:
-    if isinstance(layout, TableWise) and layout.rank is not None and layout.rank >= env.world_size:
-        raise ValueError(
-            f"table {name!r}: table_wise(rank={layout.rank}) is planned for {env.world_size} "
-            "ranks; "
-            f"use a rank in 0..{env.world_size - 1}"
-        )
-    if isinstance(layout, RowWise) and row_wise_leaves_a_rank_empty(num_embeddings, env.world_size):
-        raise ValueError(
-            f"table {name!r}: row_wise over {env.world_size} ranks leaves a rank without rows, the "
-            "table has "
-            f"{num_embeddings}; use table_wise()"
-        )
-
-
-def _ask_planner(
-    model: nn.Module, env: Env, layouts: Mapping[str, Layout], weights: Mapping[str, nn.Parameter]
-) -> dict[str, ParameterSharding]:
-    """What TorchRec's planner would do, given the layouts; empty if there is nothing to decide.
-
-    Raises:
-        RuntimeError: It finds no plan.
-    """
-    if all(
-        isinstance(layout, RowWise) or layout.rank is not None for layout in layouts.values()
-    ) and len(layouts) == len(weights):
-        return {}
-    constraints = {}
-    for name, weight in weights.items():
-        if name in layouts:
-            allowed = [layouts[name].torchrec_name]
-        elif row_wise_leaves_a_rank_empty(weight.shape[0], env.world_size):
-            allowed = [TableWise.torchrec_name]
-        else:
-            allowed = [RowWise.torchrec_name, TableWise.torchrec_name]
-        constraints[name] = ParameterConstraints(sharding_types=allowed, compute_kernels=[_FUSED])
-    planner = EmbeddingShardingPlanner(
-        topology=_topology(env),
-        constraints=constraints,
-        storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
-        debug=False,
-    )
-    try:
-        plan = planner.plan(model, [Sharder()])
-    except PlannerError as error:
-        raise RuntimeError(
-            f"TorchRec's planner found no plan for {env.world_size} ranks: {error}"
-        ) from error
-    return {
-        name: sharding
-        for module_plan in plan.plan.values()
-        for name, sharding in module_plan.items()
-    }
-
-
-def _topology(env: Env) -> Topology:
-    memory = None
-    if env.device.type == "cuda" and torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(env.device).total_memory
-    return TopologyFactory.create_topology(
-        trainer_config=TrainerConfig(
-            world_size=env.world_size, local_world_size=env.local_world_size, hbm_cap_bytes=memory
-        ),
-        kernel_config=KernelConfig(compute_device=env.device.type),
-    )
-
-
-def _by_hand(layout: Layout, chosen: ParameterSharding | None) -> Any:
+def _torchrec_layout(layout: Layout) -> object:
     if isinstance(layout, RowWise):
-        return torchrec_row_wise(compute_kernel=_FUSED)
-    rank = layout.rank
-    if rank is None:
-        assert chosen is not None
-        rank = chosen.ranks[0]
-    return torchrec_table_wise(rank=rank, compute_kernel=_FUSED)
-
-
-def _as_chosen(chosen: ParameterSharding) -> Any:
-    layout: Layout = RowWise() if chosen.sharding_type == RowWise.torchrec_name else TableWise()
-    return _by_hand(layout, chosen)
+        return torchrec_row_wise(compute_kernel=FUSED)
+    assert layout.rank is not None
+    return torchrec_table_wise(rank=layout.rank, compute_kernel=FUSED)
 
 
 def _chosen_by(layout: Layout | None) -> str:
@@ -288,9 +145,9 @@ def _chosen_by(layout: Layout | None) -> str:
 
 
 def _placement(
-    name: str, path: str, weight: nn.Parameter, sharding: ParameterSharding, why: str
+    name: str, path: str, weight: nn.Parameter, sharding: ParameterSharding, chosen_by: str
 ) -> TablePlacement:
-    optimizer = weight._optimizer_classes[0]  # type: ignore[attr-defined]
+    optimizer = optimizer_of(weight)
     shards = []
     for shard in sharding.sharding_spec.shards:
         num_rows, num_columns = shard.shard_sizes
@@ -300,7 +157,7 @@ def _placement(
                 first_row=shard.shard_offsets[0],
                 num_rows=num_rows,
                 weight_bytes=num_rows * num_columns * weight.element_size(),
-                optimizer_bytes=_CONFIG_OF[optimizer].state_bytes(num_rows, num_columns),
+                optimizer_bytes=optimizer.state_bytes(num_rows, num_columns),
             )
         )
     return TablePlacement(
@@ -309,7 +166,25 @@ def _placement(
         num_embeddings=weight.shape[0],
         embedding_dim=weight.shape[1],
         layout=sharding.sharding_type,
-        why=why,
+        chosen_by=chosen_by,
         optimizer=optimizer.__name__,
         shards=tuple(shards),
     )
+
+
+def _check_memory(plan: ShardingPlan, limit: int) -> None:
+    per_rank = plan.bytes_per_rank
+    fullest = max(range(plan.world_size), key=per_rank.__getitem__)
+    if per_rank[fullest] > limit:
+        there = [
+            (shard.num_bytes, table.table)
+            for table in plan.tables
+            for shard in table.shards
+            if shard.rank == fullest
+        ]
+        num_bytes, table = max(there)
+        raise RunError(
+            f"rank {fullest} would hold {format_bytes(per_rank[fullest])} of tables and optimizer "
+            f"state, and has {format_bytes(limit)} for them; most is of table {table!r}, "
+            f"{format_bytes(num_bytes)}: use more ranks, row_wise() or fewer rows"
+        )

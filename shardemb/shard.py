@@ -1,8 +1,10 @@
-"""Puts a plan into effect: shards collections, sets the first values, guards the ids."""
+"""Puts a plan into effect: shards collections, sets the initial values, guards the ids."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,22 +17,25 @@ from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_configs import PoolingType
 
 from shardemb.agree import all_or_none
-from shardemb.data.id_guard import CheckedForward, FeatureLimit, IdGuard
+from shardemb.data.batches import limits_of
+from shardemb.data.id_guard import GuardedForward
 from shardemb.env import Env
+from shardemb.errors import RunError
 from shardemb.init import Uniform
-from shardemb.modules.embedding_bag import FirstValues
+from shardemb.modules.discovery import find_collections
+from shardemb.modules.embedding_bag import InitialValues
 from shardemb.placement import ShardingPlan
-from shardemb.plan import Sharder, find_collections
+from shardemb.planner import Sharder
 
 _ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Origin:
-    """Where the first values of a table come from: drawn, or a weight that the model holds."""
+    """Where the initial values of a table come from: drawn, or a weight that the model holds."""
 
-    drawn: FirstValues | None
-    held: torch.Tensor | None
+    drawn: InitialValues | None = None
+    held: torch.Tensor | None = field(default=None, repr=False)
 
 
 def shard_modules(
@@ -38,7 +43,7 @@ def shard_modules(
 ) -> DistributedModelParallel:
     """Shards a model's collections by a plan and makes the rest data parallel, in place.
 
-    Rows get the first values that their tables declare, whatever the layout. A collection that
+    Rows get the initial values that their tables declare, whatever the layout. A collection that
     already holds weights keeps those of rank 0, as `DistributedDataParallel` does for dense
     parameters.
 
@@ -46,8 +51,9 @@ def shard_modules(
         model: The model that the plan was made for.
         plan: Of `plan_sharding`, equal on all ranks.
         env: This process.
-        check_ids: Whether every forward refuses ids that a table does not have. On CUDA the check
-            waits for the device; turn it off there when batches are checked where they are made.
+        check_ids: Whether a forward refuses ids that a table does not have. `TrainPipeline` checks
+            batches on the CPU, before they move; in a loop of your own on CUDA the check waits for
+            the device, and can be turned off when batches are checked where they are made.
 
     Returns:
         TorchRec's `DistributedModelParallel` around the model.
@@ -55,28 +61,13 @@ def shard_modules(
     Raises:
         ValueError: The plan is for another number of ranks or another model, or a TorchRec table
             has an `init_fn` that cannot be drawn shard by shard.
-        RuntimeError: The ranks have different plans, or sharding failed on another rank.
+        RunError: The ranks differ in their plans, tables or seeds, or one of them was refused.
     """
-    with all_or_none(env, "sharding the model"):
-        if plan.world_size != env.world_size:
-            raise ValueError(
-                f"the plan is for {plan.world_size} ranks, this run has {env.world_size}; plan "
-                "again with this env"
-            )
-        collections = find_collections(model)
-        planned = {(table.module, table.table) for table in plan.tables}
-        found = {
-            (path, name) for path, module in collections.items() for name in module.embedding_bags
-        }
-        if planned != found:
-            raise ValueError(
-                "the plan and the model differ in tables "
-                f"{sorted(name for _, name in planned ^ found)}; "
-                "plan again for this model"
-            )
-        origins = {path: _origins(collection) for path, collection in collections.items()}
-        limits = {path: _limits(collection) for path, collection in collections.items()}
-    _check_same_plan(plan, env)
+    collections, origins = _checked(model, plan, env)
+    limits = {
+        path: limits_of(collection.embedding_bag_configs())
+        for path, collection in collections.items()
+    }
     with _left_unfilled(collections.values()):
         sharded = DistributedModelParallel(
             module=model,
@@ -87,22 +78,56 @@ def shard_modules(
         )
     for path, module in sharded.module.named_modules():
         if isinstance(module, ShardedEmbeddingBagCollection):
-            _set_first_values(module, origins[path], env)
+            _set_initial_values(module, origins[path], env)
             _keep_means_apart(module)
-            if check_ids:
-                module.register_forward_pre_hook(CheckedForward(IdGuard(limits[path])))
+            module.register_forward_pre_hook(GuardedForward(limits[path], check_ids=check_ids))
     return sharded
 
 
-def _check_same_plan(plan: ShardingPlan, env: Env) -> None:
-    plans: list[str] = [""] * env.world_size
-    dist.all_gather_object(plans, plan.to_json())
-    other = next((rank for rank, text in enumerate(plans) if text != plans[0]), None)
+def _checked(
+    model: nn.Module, plan: ShardingPlan, env: Env
+) -> tuple[dict[str, torchrec.EmbeddingBagCollection], dict[str, dict[str, _Origin]]]:
+    """The collections to shard and where their rows come from, if all ranks agree on them.
+
+    Raises:
+        ValueError: This rank's model or plan is refused.
+        RunError: The ranks differ, or another rank's is refused.
+    """
+    with all_or_none(env, "sharding the model"):
+        if plan.world_size != env.world_size:
+            raise ValueError(
+                f"the plan is for {plan.world_size} ranks, this run has {env.world_size}; plan "
+                "again with this env"
+            )
+        collections = find_collections(model)
+        planned = {(t.table, t.module, t.num_embeddings, t.embedding_dim) for t in plan.tables}
+        found = {
+            (name, path, *bag.weight.shape)
+            for path, module in collections.items()
+            for name, bag in module.embedding_bags.items()
+        }
+        if planned != found:
+            differ = sorted({name for name, *_ in planned ^ found})
+            raise ValueError(
+                f"the plan and the model differ in tables {differ}; plan again for this model"
+            )
+        origins = {path: _origins(collection) for path, collection in collections.items()}
+        said = [plan.to_json(), repr(origins)]
+        said += [
+            repr((table.name, table.embedding_dim, table.feature_names, table.pooling))
+            for collection in collections.values()
+            for table in collection.embedding_bag_configs()
+        ]
+        said += [repr(getattr(p, "_optimizer_kwargs", None)) for p in model.parameters()]
+    digests = [""] * env.world_size
+    dist.all_gather_object(digests, hashlib.sha256("\n".join(said).encode()).hexdigest())
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is not None:
-        raise RuntimeError(
-            f"rank {other} has another plan than rank 0; make the plan from the same tables and "
-            "layouts on every rank"
+        raise RunError(
+            f"rank {other} has another plan, other tables or another seed than rank 0; declare and "
+            "plan the same on every rank"
         )
+    return collections, origins
 
 
 def _origins(collection: torchrec.EmbeddingBagCollection) -> dict[str, _Origin]:
@@ -110,14 +135,13 @@ def _origins(collection: torchrec.EmbeddingBagCollection) -> dict[str, _Origin]:
     for config in collection.embedding_bag_configs():
         weight = collection.embedding_bags[config.name].weight
         if not weight.is_meta:
-            origins[config.name] = _Origin(drawn=None, held=weight.detach())
-        elif isinstance(config.init_fn, FirstValues):
-            origins[config.name] = _Origin(drawn=config.init_fn, held=None)
-        elif getattr(config.init_fn, "func", None) is nn.init.uniform_:  # TorchRec's default
-            default = Uniform(low=config.get_weight_init_min(), high=config.get_weight_init_max())
-            origins[config.name] = _Origin(
-                drawn=FirstValues(config.name, default, seed=0), held=None
-            )
+            origins[config.name] = _Origin(held=weight.detach())
+        elif isinstance(config.init_fn, InitialValues):
+            origins[config.name] = _Origin(drawn=config.init_fn)
+        elif _is_uniform(config.init_fn):
+            bounds = config.init_fn.keywords
+            uniform = Uniform(low=bounds.get("a", 0.0), high=bounds.get("b", 1.0))
+            origins[config.name] = _Origin(drawn=InitialValues(config.name, uniform, seed=0))
         else:
             raise ValueError(
                 f"table {config.name!r} is on meta and has an init_fn of its own, which cannot be "
@@ -126,6 +150,16 @@ def _origins(collection: torchrec.EmbeddingBagCollection) -> dict[str, _Origin]:
                 "shardemb.init"
             )
     return origins
+
+
+def _is_uniform(init_fn: object) -> bool:
+    """Whether an `init_fn` is nn.init.uniform_ with bounds, as TorchRec's default is."""
+    return (
+        isinstance(init_fn, partial)
+        and init_fn.func is nn.init.uniform_
+        and not init_fn.args
+        and set(init_fn.keywords) <= {"a", "b"}
+    )
 
 
 def _keep_means_apart(module: ShardedEmbeddingBagCollection) -> None:
@@ -162,14 +196,14 @@ def _left_unfilled(collections: Iterable[torchrec.EmbeddingBagCollection]) -> It
 
 
 @torch.no_grad()
-def _set_first_values(
+def _set_initial_values(
     module: ShardedEmbeddingBagCollection, origins: dict[str, _Origin], env: Env
 ) -> None:
     state = module.state_dict()
     for name, origin in origins.items():
         weight: ShardedTensor = state[f"embedding_bags.{name}.weight"]
         if origin.held is not None:
-            _scatter_from_main(origin.held, weight, env)
+            _take_from_main(origin.held, weight, env)
             continue
         assert origin.drawn is not None
         for shard in weight.local_shards():
@@ -182,7 +216,7 @@ def _set_first_values(
             )
 
 
-def _scatter_from_main(held_RD: torch.Tensor, weight: ShardedTensor, env: Env) -> None:
+def _take_from_main(held_RD: torch.Tensor, weight: ShardedTensor, env: Env) -> None:
     """Copies rank 0's whole table into the shards, some rows at a time."""
     for start in range(0, held_RD.shape[0], _ROWS_AT_ONCE):
         rows = held_RD[start : start + _ROWS_AT_ONCE].to(env.device, copy=True)
@@ -195,11 +229,3 @@ def _scatter_from_main(held_RD: torch.Tensor, weight: ShardedTensor, env: Env) -
                 shard.tensor[low - first : high - first].copy_(
                     rows[low - start : high - start, column : column + num_columns]
                 )
-
-
-def _limits(collection: torchrec.EmbeddingBagCollection) -> list[FeatureLimit]:
-    return [
-        FeatureLimit(feature=feature, table=config.name, num_embeddings=config.num_embeddings)
-        for config in collection.embedding_bag_configs()
-        for feature in config.feature_names
-    ]

@@ -36,6 +36,22 @@ def test_lists_arrays_and_padded_arrays_make_the_same_batch() -> None:
         assert batch.values().dtype == torch.int64
 
 
+def test_bags_may_be_arrays() -> None:
+    bags = [np.array([1, 2], dtype=np.int32), np.array([], dtype=np.float64)]
+    batch = se.keyed_jagged_tensor(FULL | {"clicked": bags}, TABLES)
+    assert batch["clicked"].values().tolist() == [1, 2]
+    assert batch["clicked"].lengths().tolist() == [2, 0]
+
+
+def test_weights_that_no_table_would_use_are_refused() -> None:
+    guard = IdGuard([FeatureLimit(feature="x", table="t", num_embeddings=5)])
+    batch = KeyedJaggedTensor(
+        keys=["x"], values=torch.tensor([1]), lengths=torch.tensor([1]), weights=torch.ones(1)
+    )
+    with pytest.raises(ValueError, match="the batch has weights, and the tables do not use them"):
+        guard.check(batch)
+
+
 def test_padding_is_what_it_is_said_to_be() -> None:
     bags = FULL | {"clicked": np.array([[0, 0, 0], [1, 1, 0]])}
     batch = se.keyed_jagged_tensor(bags, TABLES, padding=0)
@@ -55,12 +71,26 @@ def test_padding_is_what_it_is_said_to_be() -> None:
             "feature 'clicked', sample 1: id 5 is outside 0..4 of table",
         ),
         ({"clicked": [[-7, 1], []]}, "feature 'clicked', sample 0: id -7 is outside"),
-        ({"item_id": [[0.5], [1]]}, "feature 'item_id': ids must be integers, got torch.float64"),
+        (
+            {"item_id": [[1], [0.5]]},
+            r"feature 'item_id', sample 1: a bag must be a list of integer ",
+        ),
+        ({"item_id": [[1], ["a"]]}, r"feature 'item_id', sample 1: a bag .* got \['a'\]"),
+        ({"item_id": [[1], None]}, "feature 'item_id', sample 1: a bag .* got None"),
+        ({"item_id": [1, 2]}, "feature 'item_id', sample 0: a bag .* got 1"),
+        ({"item_id": [[[1], [1, 2]], []]}, "feature 'item_id', sample 0: a bag"),
+        (
+            {"item_id": np.array([0.5, 1])},
+            "feature 'item_id': ids must be integers, got torch.float",
+        ),
         (
             {"item_id": np.zeros((2, 1, 1), dtype=int)},
             r"must be \[B\] or \[B, L\], got shape \[2, 1, 1\]",
         ),
-        ({"item_id": [[1]]}, "as many samples, got {'user_id': 2, 'item_id': 1, 'clicked': 2}"),
+        (
+            {"item_id": [[1]]},
+            "the same number of samples, got {'user_id': 2, 'item_id': 1, 'clicked': 2}",
+        ),
     ],
 )
 def test_a_bad_batch_is_refused_as_the_user_made_it(changed: dict[str, Any], text: str) -> None:
@@ -78,7 +108,12 @@ def test_a_batch_without_a_table_s_feature_is_refused() -> None:
 @pytest.mark.parametrize(
     ("values", "lengths", "text"),
     [
-        (torch.tensor([1.0]), [1, 0], "ids must be int32 or int64, got torch.float32"),
+        (torch.tensor([1.0]), [1, 0], r"ids must be int32 or int64 \[N\], got torch.float32"),
+        (
+            torch.tensor([[1]]),
+            [1, 0],
+            r"ids must be int32 or int64 \[N\], got torch.int64 \[1, 1\]",
+        ),
         (torch.tensor([1]), [2, -1], "lengths of bags must not be negative, got -1"),
         (torch.tensor([1]), [1, 1], "lengths add up to 2, but the batch has 1 ids"),
         (torch.tensor([1, 7]), [0, 2], "sample 1: id 7 is outside 0..4"),

@@ -1,6 +1,7 @@
 """Checkpoints: exact, whole or absent, and refused where they do not fit."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ import shardemb as se
 from shardemb import layouts, optim
 from shardemb.checkpoint import latest_checkpoint
 from shardemb.env import Env
+from shardemb.errors import RunError
 from shardemb.layouts import Layout
+from shardemb.optim import SparseOptimizer
 from tests.spmd import run_ranks, spmd
+
+ROW_WISE_ADAGRAD = optim.RowWiseAdagrad(lr=0.1)
 
 
 class Model(nn.Module):
@@ -22,43 +27,52 @@ class Model(nn.Module):
         super().__init__()
         self.collection = se.EmbeddingBagCollection(tables)
         torch.manual_seed(0)
-        self.linear = nn.Linear(16, 1)
+        self.linear = nn.Linear(48, 1)
 
     def forward(self, batch: KeyedJaggedTensor) -> torch.Tensor:
         pooled = self.collection(batch)
-        logits_B1: torch.Tensor = self.linear(torch.cat([pooled["a"], pooled["b"]], 1))
+        logits_B1: torch.Tensor = self.linear(torch.cat([pooled[name] for name in "abcdef"], 1))
         return logits_B1.square().mean()
 
 
-def make_tables(num_embeddings: int = 40) -> list[se.TableConfig]:
+def make_tables(
+    num_embeddings: int = 40, optimizer: SparseOptimizer = ROW_WISE_ADAGRAD
+) -> list[se.TableConfig]:
     return [
         se.TableConfig(
             name=name,
             num_embeddings=num_embeddings,
             embedding_dim=8,
             feature_names=(name,),
-            optimizer=optim.RowWiseAdagrad(lr=0.1),
+            optimizer=optimizer,
         )
-        for name in ("a", "b")
+        for name in "abcdef"
     ]
 
 
 def build(
-    env: Env, where: dict[str, Layout] | None = None, num_embeddings: int = 40
+    env: Env,
+    where: dict[str, Layout] | None = None,
+    num_embeddings: int = 40,
+    optimizer: SparseOptimizer = ROW_WISE_ADAGRAD,
+    dense: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> tuple[nn.Module, Any]:
-    model = Model(make_tables(num_embeddings))
+    model = Model(make_tables(num_embeddings, optimizer))
     where = where or {"a": layouts.row_wise(), "b": layouts.table_wise(rank=0)}
+    for number, name in enumerate("cdef"):
+        where[name] = layouts.table_wise(rank=number % env.world_size)
     sharded = se.shard_modules(model, se.plan_sharding(model, env, where), env)
-    return sharded, se.build_optimizer(sharded, dense=lambda p: torch.optim.AdamW(p, lr=0.01))
+    return sharded, se.build_optimizer(sharded, dense=lambda p: dense(p, lr=0.01))
 
 
 def batches(env: Env, first: int, last: int) -> list[KeyedJaggedTensor]:
     size = 8 // env.world_size
     made = []
     for step in range(first, last):
-        ids = torch.randint(0, 40, (2, 8), generator=torch.Generator().manual_seed(step))
+        ids = torch.randint(0, 40, (6, 8), generator=torch.Generator().manual_seed(step))
         mine = ids[:, env.rank * size : (env.rank + 1) * size]
-        made.append(se.keyed_jagged_tensor({"a": mine[0], "b": mine[1]}, make_tables()))
+        features = dict(zip("abcdef", mine, strict=True))
+        made.append(se.keyed_jagged_tensor(features, make_tables()))
     return made
 
 
@@ -118,11 +132,25 @@ def test_checkpoints_that_do_not_fit_are_refused(env: Env, tmp_path: Path) -> No
     losses(model, optimizer, env, 0, 1)
     path = se.save_checkpoint(tmp_path / "1", model, optimizer, step=1, env=env)
     before = path.stat().st_mtime_ns
-    with pytest.raises((FileExistsError, RuntimeError), match="save each checkpoint to a new fold"):
+    expected = FileExistsError if env.is_main else RunError
+    with pytest.raises(expected, match="save each checkpoint to a new folder"):
         se.save_checkpoint(path, model, optimizer, step=1, env=env)
     assert path.stat().st_mtime_ns == before
     with pytest.raises(FileNotFoundError, match="nowhere is not a checkpoint: it has no shardemb"):
         se.load_checkpoint(tmp_path / "nowhere", model, optimizer, env=env)
+    to_sgd, its_optimizer = build(env, optimizer=optim.SGD(lr=0.1))
+    with pytest.raises(
+        ValueError, match="momentum1', for which the model's optimizer has no place"
+    ):
+        se.load_checkpoint(path, to_sgd, its_optimizer, env=env)
+    to_adagrad, its_optimizer = build(env, optimizer=optim.Adagrad(lr=0.1))
+    with pytest.raises(ValueError, match=r"momentum1' of shape \[40\], the model of \[40, 8\]"):
+        se.load_checkpoint(path, to_adagrad, its_optimizer, env=env)
+    to_dense_sgd, its_optimizer = build(env, dense=torch.optim.SGD)
+    with pytest.raises(
+        ValueError, match=r"'dense/linear\.weight' was saved with other settings, they"
+    ):
+        se.load_checkpoint(path, to_dense_sgd, its_optimizer, env=env)
     larger, its_optimizer = build(env, num_embeddings=50)
     with pytest.raises(ValueError, match=r"a.weight' of shape \[40, 8\], the model of \[50, 8\]"):
         se.load_checkpoint(path, larger, its_optimizer, env=env)
@@ -137,7 +165,21 @@ def test_a_broken_folder_is_not_the_latest(env: Env, tmp_path: Path) -> None:
     torch.distributed.barrier()
     if env.is_main:
         (tmp_path / "10.partial").mkdir()
-        (tmp_path / "10.partial" / "shardemb.json").write_text((path / "shardemb.json").read_text())
+        (tmp_path / "10.partial" / "shardemb.json").touch()
         (tmp_path / "11").mkdir()
     torch.distributed.barrier()
     assert latest_checkpoint(tmp_path) == path
+    torch.distributed.barrier()
+    if env.is_main:
+        for file in path.glob("*.distcp"):
+            file.write_bytes(file.read_bytes()[:100])
+    torch.distributed.barrier()
+    with pytest.raises(RunError, match="9 could not be read"):
+        se.load_checkpoint(path, model, optimizer, env=env)
+    if env.is_main:
+        (path / "shardemb.json").write_text("{")
+    torch.distributed.barrier()
+    with pytest.raises(
+        ValueError, match=r"9 is damaged: its shardemb\.json is not as it was written"
+    ):
+        latest_checkpoint(tmp_path)

@@ -44,7 +44,7 @@ def test_an_unknown_field_is_refused() -> None:
 
 
 def test_default_init_is_uniform_within_one_over_root_of_rows() -> None:
-    init = TableConfig(**GOOD | {"num_embeddings": 100}).first_values
+    init = TableConfig(**GOOD | {"num_embeddings": 100}).initial_values
     assert (init.low, init.high) == (-0.1, 0.1)  # type: ignore[union-attr]
 
 

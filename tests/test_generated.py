@@ -222,7 +222,10 @@ def test_killed_run_leaves_no_log_and_the_next_one_succeeds(
 
 def test_log_that_was_not_generated_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"train.txt or test.txt without a generated.json"):
+    with pytest.raises(
+        ValueError,
+        match="holds train.txt and no generated.json, so it is not that of a generated log",
+    ):
         write_click_log(tmp_path, num_train=20, num_test=10)
     assert (tmp_path / "train.txt").read_text() == "mine"
 

@@ -1,4 +1,4 @@
-"""First values: a pure function of (seed, table, row)."""
+"""Initial values: a pure function of (seed, table, row)."""
 
 import numpy as np
 import pytest

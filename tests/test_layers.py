@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first; a file may import from its own layer and from those before it.
 LAYERS = (
     {
-        *("shardemb", "text", "env", "agree", "optim.configs", "optim", "init"),
+        *("shardemb", "text", "errors", "env", "agree", "optim.configs", "optim", "init"),
         "doctor",
         "doctor.__main__",
         "doctor.diagnosis",
@@ -29,8 +29,8 @@ LAYERS = (
         "data.id_guard",
         "data.batches",
     },
-    {"modules", "modules.embedding_bag"},
-    {"layouts", "placement", "plan"},
+    {"modules", "modules.embedding_bag", "modules.discovery"},
+    {"layouts", "placement", "planner", "plan"},
     {"shard", "optim.build"},
     {"checkpoint"},
     {"pipeline"},

@@ -1,9 +1,11 @@
 """The loop: the same at any world size, and one rank's trouble is every rank's, at once."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,11 +15,11 @@ from torchrec import KeyedJaggedTensor
 
 import shardemb as se
 from shardemb import layouts, optim
-from shardemb.agree import OtherRankError
 from shardemb.data.click_log import CriteoLoader, open_click_log
 from shardemb.data.clicks import CATEGORY_NAMES
 from shardemb.data.generated import write_click_log
 from shardemb.env import Env
+from shardemb.errors import OtherRankError, RunError
 from shardemb.pipeline import batch_size_of
 from shardemb.recipes.dlrm import Config, build_layouts, build_model
 from tests.spmd import run_ranks, spmd
@@ -83,10 +85,11 @@ def test_one_two_and_four_ranks_give_the_golden_loss_curve(tmp_path: Path) -> No
     if not GOLDEN.exists():
         GOLDEN.parent.mkdir(exist_ok=True)
         GOLDEN.write_text(json.dumps([round(loss, 6) for loss in curves[1]], indent=1) + "\n")
+        pytest.fail(f"{GOLDEN} was not there and is written; look at it and run again")
     golden = json.loads(GOLDEN.read_text())
     assert len(set(golden)) == 20
     assert golden[-1] < golden[0]
-    np.testing.assert_allclose(curves[1], golden, atol=1e-4)
+    np.testing.assert_allclose(curves[1], golden, atol=2e-5)
     np.testing.assert_allclose(curves[2], curves[1], atol=2e-6)
     np.testing.assert_allclose(curves[4], curves[1], atol=2e-6)
 
@@ -117,7 +120,8 @@ def test_an_id_outside_its_table_ends_the_run_before_any_row_moves(env: Env) -> 
     steps = pipeline.run(batches, 2)
     next(steps)
     before = rows(model)
-    with pytest.raises((ValueError, OtherRankError), match="feature 't', sample 1: id 10 is outsi"):
+    expected = ValueError if env.rank == 0 else OtherRankError
+    with pytest.raises(expected, match="feature 't', sample 1: id 10 is outside"):
         next(steps)
     assert torch.equal(rows(model), before)
 
@@ -133,6 +137,10 @@ def test_a_forward_outside_the_pipeline_checks_ids_unless_told_not_to(env: Env) 
     plain = Small()
     unchecked = se.shard_modules(plain, se.plan_sharding(plain, env), env, check_ids=False)
     unchecked(unguarded([10]))  # FBGEMM warns and reads row 0
+    with pytest.raises(ValueError, match="feature 't' of table 't' is not in the batch"):
+        unchecked(
+            KeyedJaggedTensor(keys=["u"], values=torch.tensor([1]), lengths=torch.tensor([1]))
+        )
 
 
 @spmd(world_size=2)
@@ -170,7 +178,7 @@ def test_a_forward_without_a_loss_is_refused(env: Env) -> None:
     sharded = se.shard_modules(model, se.plan_sharding(model, env), env)
     pipeline = se.TrainPipeline(sharded, se.build_optimizer(sharded), env)
     with pytest.raises(
-        ValueError, match="must return a loss, or a tuple that begins with one, got"
+        ValueError, match="must return a loss of one element, or a tuple that begins with"
     ):
         list(pipeline.run([unguarded([1])], 1))
 
@@ -180,3 +188,106 @@ def test_the_size_of_a_batch_is_found_in_any_container() -> None:
     assert batch_size_of((torch.zeros(()), torch.zeros(7))) == 7
     with pytest.raises(ValueError, match="cannot tell the size of a batch of type str"):
         batch_size_of("batch")
+
+
+class Keyed(Small):
+    """Takes raw ids and makes its batch in the forward, once or twice."""
+
+    def __init__(self, num_lookups: int) -> None:
+        super().__init__()
+        self.num_lookups = num_lookups
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return sum(
+            (super(Keyed, self).forward(unguarded(ids.tolist())) for _ in range(self.num_lookups)),
+            start=torch.zeros(()),
+        )
+
+
+def keyed_pipeline(env: Env, num_lookups: int) -> se.TrainPipeline:
+    model = Keyed(num_lookups)
+    sharded = se.shard_modules(model, se.plan_sharding(model, env), env)
+    return se.TrainPipeline(sharded, se.build_optimizer(sharded), env)
+
+
+@spmd(world_size=1)
+def test_a_batch_made_in_the_forward_is_checked_there(env: Env) -> None:
+    assert len(list(keyed_pipeline(env, 1).run([torch.tensor([3])], 1))) == 1
+    with pytest.raises(ValueError, match="sample 0: id 10 is outside"):
+        list(keyed_pipeline(env, 1).run([torch.tensor([10])], 1))
+
+
+@spmd(world_size=1)
+def test_two_lookups_of_a_collection_in_one_step_are_refused(env: Env) -> None:
+    with pytest.raises(ValueError, match=r"features \['t'\] is looked up twice in one step"):
+        list(keyed_pipeline(env, 2).run([torch.tensor([3])], 1))
+
+
+@spmd(world_size=2)
+def test_a_loss_that_is_not_finite_ends_the_run_on_all_ranks(env: Env) -> None:
+    class Infinite(Small):
+        def forward(self, batch: KeyedJaggedTensor) -> torch.Tensor:
+            return super().forward(batch) * (float("inf") if env.rank == 1 else 1.0)
+
+    model = Infinite()
+    sharded = se.shard_modules(model, se.plan_sharding(model, env, {"t": layouts.row_wise()}), env)
+    pipeline = se.TrainPipeline(sharded, se.build_optimizer(sharded), env)
+    with pytest.raises(RunError, match="the loss of step 1 is inf; lower the learning rates"):
+        list(pipeline.run([unguarded([1])], 1))
+
+
+@spmd(world_size=1)
+def test_a_model_that_is_not_sharded_is_refused(env: Env) -> None:
+    with pytest.raises(ValueError, match="got Small, whose ranks would train apart"):
+        se.TrainPipeline(Small(), torch.optim.SGD([torch.zeros(1)]), env)
+
+
+@spmd(world_size=2)
+def test_evaluating_leaves_the_mode_as_it_was_and_batches_of_any_shape_move(env: Env) -> None:
+    class Pair(NamedTuple):
+        features: KeyedJaggedTensor
+        labels: torch.Tensor
+
+    class First(Small):
+        def forward(self, batch: Any) -> torch.Tensor:
+            return super().forward(batch[0])
+
+    model = First()
+    sharded = se.shard_modules(model, se.plan_sharding(model, env, {"t": layouts.row_wise()}), env)
+    pipeline = se.TrainPipeline(sharded, se.build_optimizer(sharded), env)
+    batch = (unguarded([1, 2]), torch.zeros(2))
+    losses = [float(loss) for _, loss in pipeline.run([batch, list(batch), Pair(*batch)], 9)]
+    assert len(losses) == 3
+    assert sharded.training
+    assert len(list(pipeline.evaluate([batch]))) == 1
+    assert sharded.training
+
+
+@pytest.mark.distributed
+def test_an_error_in_one_rank_s_forward_ends_all_processes_at_once(tmp_path: Path) -> None:
+    script = """
+import sys, torch, shardemb as se
+env = se.init_distributed(device="cpu")
+table = se.TableConfig(name="t", num_embeddings=8, embedding_dim=4, feature_names=("t",))
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.collection = se.EmbeddingBagCollection([table])
+    def forward(self, batch):
+        loss = self.collection(batch).values().mean()
+        if env.rank == 1:
+            torch.distributed.all_reduce(torch.zeros(1), async_op=True)  # which rank 0 never joins
+            raise ArithmeticError("rank 1 cannot add")
+        return loss
+model = Model()
+model = se.shard_modules(model, se.plan_sharding(model, env), env)
+pipeline = se.TrainPipeline(model, se.build_optimizer(model), env)
+list(pipeline.run([se.keyed_jagged_tensor({"t": [[1]]}, [table])], 1))
+"""
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "script.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.returncode == 1
+    assert "rank 1 cannot add" in done.stderr

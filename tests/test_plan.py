@@ -7,11 +7,14 @@ import pytest
 import torch
 import torchrec
 from torch import nn
-from torchrec import EmbeddingBagConfig
+from torch.distributed.optim import _apply_optimizer_in_backward
+from torchrec import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_configs import DataType
 
 import shardemb as se
 from shardemb import layouts, optim
 from shardemb.env import Env
+from shardemb.errors import RunError
 from shardemb.layouts import Layout
 
 
@@ -41,7 +44,7 @@ def test_named_layouts_are_honoured_exactly() -> None:
         (3, 75, 25),
     ]
     assert [(s.rank, s.num_rows) for s in b.shards] == [(2, 100)]
-    assert (a.why, b.why, c.why) == ("you", "you", "planner")
+    assert (a.chosen_by, b.chosen_by, c.chosen_by) == ("you", "you", "planner")
     assert b.shards[0].weight_bytes == 100 * 8 * 4
     assert b.shards[0].optimizer_bytes == 100 * 4
 
@@ -56,7 +59,7 @@ def test_the_planner_balances_what_is_not_named() -> None:
     names = [f"t{i}" for i in range(8)]
     plan = se.plan_sharding(collection(*names), Env(world_size=4))
     assert {t.layout for t in plan.tables} <= {"row_wise", "table_wise"}
-    assert max(plan.bytes_on(rank) for rank in range(4)) == min(plan.bytes_on(r) for r in range(4))
+    assert max(plan.bytes_per_rank) == min(plan.bytes_per_rank)
     again = se.plan_sharding(collection(*names), Env(world_size=4, rank=3))
     assert again.to_json() == plan.to_json()
 
@@ -69,7 +72,7 @@ def test_a_plan_prints_and_dumps_what_it_says() -> None:
     dumped = json.loads(plan.to_json())
     assert dumped["world_size"] == 2
     assert dumped["tables"][0]["shards"][1]["first_row"] == 50
-    assert dumped["bytes_per_rank"] == [plan.bytes_on(0), plan.bytes_on(1)]
+    assert dumped["bytes_per_rank"] == plan.bytes_per_rank
 
 
 def test_a_thousand_ranks_need_no_processes() -> None:
@@ -113,21 +116,111 @@ def test_a_model_without_tables_is_refused() -> None:
 
 def test_one_name_in_two_collections_is_refused() -> None:
     model = nn.ModuleList([collection("a"), collection("a")])
-    with pytest.raises(ValueError, match="table 'a' is in two collections, the second is '1'"):
+    with pytest.raises(
+        ValueError, match="table 'a' is in two collections, '0' and '1'; rename one"
+    ):
         se.plan_sharding(model, Env())
 
 
-def test_a_torchrec_collection_without_optimizer_is_refused() -> None:
-    config = EmbeddingBagConfig(name="a", num_embeddings=10, embedding_dim=8, feature_names=["a"])
-    model = torchrec.EmbeddingBagCollection(tables=[config], device=torch.device("meta"))
-    with pytest.raises(ValueError, match="table 'a' has no optimizer"):
+def torchrec_collection(**options: Any) -> torchrec.EmbeddingBagCollection:
+    fields: dict[str, Any] = {"data_type": options.pop("data_type", DataType.FP32)}
+    config = EmbeddingBagConfig(
+        name="a", num_embeddings=10, embedding_dim=8, feature_names=["a"], **fields
+    )
+    return torchrec.EmbeddingBagCollection([config], device=torch.device("meta"), **options)
+
+
+def attach(model: nn.Module, optimizer: type[torch.optim.Optimizer], **options: float) -> nn.Module:
+    _apply_optimizer_in_backward(optimizer, model.parameters(), options)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (torchrec_collection, "table 'a' has no optimizer, and needs one"),
+        (
+            lambda: attach(torchrec_collection(), torch.optim.SGD, lr=0.1, momentum=0.9),
+            "table 'a': optimizer SGD was given momentum, which FBGEMM's kernels would ignore",
+        ),
+        (
+            lambda: attach(torchrec_collection(), torch.optim.Adam, lr=0.1),
+            "table 'a': optimizer Adam is not supported yet; use SGD, Adagrad or RowWiseAdagrad",
+        ),
+        (
+            lambda: attach(
+                attach(torchrec_collection(), torch.optim.SGD, lr=0.1), torch.optim.SGD, lr=0.1
+            ),
+            "table 'a' has 2 optimizers, and needs one",
+        ),
+        (lambda: torchrec_collection(is_weighted=True), "collection '' is weighted, which is not"),
+        (
+            lambda: torchrec_collection(data_type=DataType.FP16),
+            "table 'a': data_type FP16 is not supported; use FP32",
+        ),
+        (
+            lambda: nn.ModuleDict(
+                {
+                    "seq": torchrec.EmbeddingCollection(
+                        [EmbeddingConfig(num_embeddings=9, embedding_dim=4, name="a")],
+                        device=torch.device("meta"),
+                    )
+                }
+            ),
+            "module 'seq' is a EmbeddingCollection, which is not supported yet; it would be repl",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(make: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        se.plan_sharding(make(), Env())
+
+
+def test_a_mean_table_is_not_row_wise_where_a_feature_is_shared() -> None:
+    tables = [
+        table("mean", pooling="mean", feature_names=("z",)),
+        table("one", feature_names=("x",)),
+        table("other", feature_names=("x", "y")),
+    ]
+    model = se.EmbeddingBagCollection(tables)
+    with pytest.raises(
+        ValueError, match="table 'mean' has mean pooling and cannot be row_wise in a"
+    ):
+        se.plan_sharding(model, Env(world_size=2), {"mean": layouts.row_wise()})
+    plan = se.plan_sharding(model, Env(world_size=2), {"other": layouts.row_wise()})
+    assert plan.tables[0].layout == "table_wise"
+
+
+def test_a_collection_held_twice_is_refused() -> None:
+    model = nn.Module()
+    model.a = model.b = collection("x")
+    with pytest.raises(ValueError, match="one collection is in the model twice, as 'a' and 'b'"):
         se.plan_sharding(model, Env())
 
 
 def test_what_does_not_fit_is_refused() -> None:
     tables = [table(f"t{i}", 2**31 - 1, embedding_dim=128) for i in range(4)]
-    with pytest.raises(RuntimeError, match="found no plan for 2 ranks"):
-        se.plan_sharding(se.EmbeddingBagCollection(tables), Env(world_size=2))
+    model = se.EmbeddingBagCollection(tables)
+    with pytest.raises(RunError, match="found no plan for 2 ranks"):
+        se.plan_sharding(model, Env(world_size=2))
+    where: dict[str, Layout] = {t.name: layouts.row_wise() for t in tables}
+    text = (
+        r"rank 0 would hold 2\.02 TiB .* and has 109 GiB for them; most is of table 't\d', 516 GiB"
+    )
+    with pytest.raises(RunError, match=text):
+        se.plan_sharding(model, Env(world_size=2), where)
+    with pytest.raises(RunError, match="table 't1' does not fit on rank 1"):
+        se.plan_sharding(model, Env(world_size=2), {"t1": layouts.table_wise(rank=1)})
+
+
+def test_the_planner_places_the_others_around_named_ranks() -> None:
+    tables = [table(name, 1_000_000) for name in ("big", "other")] + [table("small", 100)]
+    for rank in (0, 1):
+        where: dict[str, Layout] = {name: layouts.table_wise() for name in ("other", "small")}
+        where["big"] = layouts.table_wise(rank=rank)
+        plan = se.plan_sharding(se.EmbeddingBagCollection(tables), Env(world_size=2), where)
+        assert {t.table: t.shards[0].rank for t in plan.tables}["big"] == rank
+        assert {t.table: t.shards[0].rank for t in plan.tables}["other"] == 1 - rank
 
 
 @pytest.mark.parametrize(

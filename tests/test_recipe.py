@@ -220,6 +220,8 @@ def test_bad_data_is_refused_and_leaves_the_folder_free(log: Path, tmp_path: Pat
         (["--embedding-dim", "30"], "embedding_dim must be a positive multiple of 4, got 30; use"),
         (["--config", "{tmp}/a.toml"], "a.toml: unknown key 'stpes'; known are batch_size"),
         (["--config", "{tmp}/none.toml"], "none.toml"),
+        (["--config", "{tmp}/kind.toml"], "kind.toml: steps must be int, got 'ten'"),
+        (["--config", "{tmp}/list.toml"], "row_wise must be a list of str, got 'C3'"),
         (["--world-size", "0"], "world_size must be a positive multiple of num_nodes"),
     ],
 )
@@ -227,6 +229,8 @@ def test_a_bad_config_is_refused_by_name(
     arguments: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.toml").write_text("stpes = 10\n")
+    (tmp_path / "kind.toml").write_text("steps = 'ten'\n")
+    (tmp_path / "list.toml").write_text("row_wise = 'C3'\n")
     given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     assert cli.main(["plan", *given]) == 1
     assert text in capsys.readouterr().err
@@ -274,12 +278,12 @@ def test_the_command_says_what_it_can_do(
 
 
 def test_the_default_batch_leaves_small_data_a_hundred_steps() -> None:
-    assert [default_batch_size(n) for n in (10, 1600, 7200, 102_400, 10**9)] == [
-        16,
-        16,
-        64,
-        1024,
-        1024,
+    assert [default_batch_size(n) for n in (10, 3000, 7200, 96_000, 10**9)] == [
+        30,
+        30,
+        60,
+        960,
+        960,
     ]
 
 

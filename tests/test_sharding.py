@@ -292,8 +292,18 @@ def test_keys_in_another_order_give_the_same_features(env: Env) -> None:
     _, first = model(se.keyed_jagged_tensor(bags, tables))
     turned = dict(reversed(bags.items()))
     _, second = model(se.keyed_jagged_tensor(turned, tables))
+    extra = {"other": [[99]] * (NUM_SAMPLES // env.world_size)} | turned
+    _, third = model(se.keyed_jagged_tensor(extra, tables))
+    narrow = se.keyed_jagged_tensor(bags, tables)
+    if env.rank == 1:  # ids and lengths of another dtype on one rank only
+        narrow = KeyedJaggedTensor(
+            keys=narrow.keys(), values=narrow.values().int(), lengths=narrow.lengths().int()
+        )
+    _, fourth = model(narrow)
     for feature, out_BD in first.items():
         assert torch.equal(out_BD, second[feature])
+        assert torch.equal(out_BD, third[feature])
+        assert torch.equal(out_BD, fourth[feature])
     assert not torch.equal(first["item"], first["clicked"])
 
 
@@ -348,10 +358,17 @@ def test_what_cannot_be_sharded_is_refused_on_every_rank(env: Env) -> None:
     with pytest.raises(ValueError, match=r"differ in tables \['wide'\]"):
         se.shard_modules(model, se.plan_sharding(other, env), env)
     mine = se.plan_sharding(model, env, {"user": layouts.table_wise(rank=env.rank)})
-    with pytest.raises(RuntimeError, match="rank 1 has another plan than rank 0"):
+    with pytest.raises(
+        RuntimeError, match="rank 1 has another plan, other tables or another seed than"
+    ):
         se.shard_modules(model, mine, env)
     with pytest.raises(ValueError, match="build_optimizer takes the model that shard_modules"):
         se.build_optimizer(model)
+    seeded = Sum(se.EmbeddingBagCollection(make_tables(optim.SGD(lr=0.1)), seed=env.rank))
+    with pytest.raises(
+        RuntimeError, match="another plan, other tables or another seed than rank 0"
+    ):
+        se.shard_modules(seeded, se.plan_sharding(seeded, env), env)
     if env.rank == 1:
         mine = se.plan_sharding(model, Env())
     expected = ValueError if env.rank == 1 else RuntimeError

@@ -2,17 +2,19 @@
 
 # B batch, L padded length, N ids of a feature
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torchrec import KeyedJaggedTensor
+from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 
 from shardemb.config import TableConfig
 from shardemb.data.id_guard import FeatureLimit, IdGuard
 
 PADDING = -1
+_INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
 
 
 def keyed_jagged_tensor(
@@ -22,11 +24,11 @@ def keyed_jagged_tensor(
 
     Args:
         features: For each feature the ids of every sample, as one of
-            a list of B lists of ids, of any length, also none;
+            a list of B bags, each a list or array of ids of any length, including none;
             an integer array or tensor [B]: one id a sample;
-            an integer array or tensor [B, L], filled up with `padding`.
+            an integer array or tensor [B, L], padded with `padding`.
         tables: The tables that the batch will look up.
-        padding: What fills up a padded array.
+        padding: What pads a padded array.
 
     Returns:
         The batch: keys in the order of `features`, ids int64, lengths int64 [num_features * B].
@@ -51,7 +53,9 @@ def keyed_jagged_tensor(
         all_lengths.append(lengths_B)
     sizes = {feature: len(lengths) for feature, lengths in zip(features, all_lengths, strict=True)}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"all features of a batch must have as many samples, got {sizes}")
+        raise ValueError(
+            f"all features of a batch must have the same number of samples, got {sizes}"
+        )
     batch = KeyedJaggedTensor(
         keys=list(features), values=torch.cat(all_ids), lengths=torch.cat(all_lengths)
     )
@@ -59,8 +63,8 @@ def keyed_jagged_tensor(
     return batch
 
 
-def limits_of(tables: Sequence[TableConfig]) -> list[FeatureLimit]:
-    """The limits that tables set to the ids of their features."""
+def limits_of(tables: Iterable[TableConfig | EmbeddingBagConfig]) -> list[FeatureLimit]:
+    """The limits that tables, ours or TorchRec's, set to the ids of their features."""
     return [
         FeatureLimit(feature=feature, table=table.name, num_embeddings=table.num_embeddings)
         for table in tables
@@ -70,25 +74,34 @@ def limits_of(tables: Sequence[TableConfig]) -> list[FeatureLimit]:
 
 def _flatten(feature: str, bags: Any, padding: int) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(bags, (list, tuple)):
-        lengths = [len(bag) if isinstance(bag, Sequence) else 1 for bag in bags]
-        flat = [i for bag in bags for i in (bag if isinstance(bag, Sequence) else (bag,))]
-        ids_N = torch.as_tensor(np.asarray(flat)) if flat else torch.empty(0, dtype=torch.int64)
-        lengths_B = torch.tensor(lengths, dtype=torch.int64)
-    else:
-        array = torch.as_tensor(bags)
-        if array.dim() not in {1, 2}:
-            raise ValueError(
-                f"feature {feature!r}: ids must be [B] or [B, L], got shape {list(array.shape)}"
-            )
-        array_BL = array.reshape(len(array), -1)
-        kept_BL = (
-            array_BL != padding if array.dim() == 2 else torch.ones_like(array_BL, dtype=torch.bool)
+        arrays = [_bag(feature, sample, bag) for sample, bag in enumerate(bags)]
+        lengths_B = torch.tensor([len(array) for array in arrays], dtype=torch.int64)
+        ids_N = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *arrays]))
+        return ids_N, lengths_B
+    array = torch.as_tensor(bags)
+    if array.dim() not in {1, 2}:
+        raise ValueError(
+            f"feature {feature!r}: ids must be [B] or [B, L], got shape {list(array.shape)}"
         )
-        ids_N, lengths_B = array_BL[kept_BL], kept_BL.sum(1)
-    if ids_N.dtype.is_floating_point or ids_N.dtype in {
-        torch.bool,
-        torch.complex64,
-        torch.complex128,
-    }:
-        raise ValueError(f"feature {feature!r}: ids must be integers, got {ids_N.dtype}")
-    return ids_N.to(torch.int64), lengths_B
+    if array.dtype not in _INTEGERS:
+        raise ValueError(f"feature {feature!r}: ids must be integers, got {array.dtype}")
+    if array.dim() == 1:
+        return array.to(torch.int64), torch.ones(len(array), dtype=torch.int64)
+    kept_BL = array != padding
+    return array[kept_BL].to(torch.int64), kept_BL.sum(1)
+
+
+def _bag(feature: str, sample: int, bag: Any) -> npt.NDArray[np.int64]:
+    try:
+        array = np.asarray(bag)
+    except ValueError:  # a list of lists of different lengths
+        array = np.asarray(None)
+    if array.size == 0 and array.ndim == 1:
+        return np.empty(0, np.int64)
+    too_large = array.dtype == np.uint64 and array.size > 0 and int(array.max()) >= 1 << 63
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) or too_large:
+        raise ValueError(
+            f"feature {feature!r}, sample {sample}: a bag must be a list of integer ids, got "
+            f"{bag!r:.80}"
+        )
+    return array.astype(np.int64)

@@ -2,6 +2,8 @@
 
 # F = 26 categories, B samples of a rank's batch
 
+import hashlib
+import itertools
 import json
 import logging
 import re
@@ -20,6 +22,7 @@ from shardemb.env import Env
 
 _NUM_REPORTED = 5
 _NUM_PROBED = 100
+_COMPRESSED = {".gz", ".zip", ".bz2", ".xz", ".zst"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,13 @@ class CriteoSplit:
         """The files with their bytes and the lines taken of them, as JSON."""
         parts = {
             name: {
-                "files": {file.path.name: file.num_bytes for file in lines.index.files},
+                "files": {
+                    file.path.name: {
+                        "bytes": file.num_bytes,
+                        "start_sha256": _start_hash(file.path),
+                    }
+                    for file in lines.index.files
+                },
                 "first_line": lines.first,
                 "num_lines": lines.num_lines,
             }
@@ -76,6 +85,8 @@ def find_criteo(path: Path) -> CriteoFiles:
     Raises:
         ValueError: There is no such path, or the folder does not say what to train on.
     """
+    if path.suffix in _COMPRESSED and path.is_file():
+        raise ValueError(f"data file '{path}' is compressed; unpack it first")
     if path.is_file():
         return CriteoFiles(train=(path,))
     if not path.is_dir():
@@ -90,10 +101,10 @@ def find_criteo(path: Path) -> CriteoFiles:
     if train:
         named = [file for file in texts if file.name.startswith(("valid", "test"))]
         return CriteoFiles(train=tuple(train), held_out=tuple(filter(_is_labelled, named)))
+    for file in files:
+        if file.suffix in _COMPRESSED:
+            raise ValueError(f"data file '{file}' is compressed; unpack it first")
     days = [file for file in files if file.name.startswith("day_") and file not in texts]
-    for day in days:
-        if day.suffix in {".gz", ".zip", ".bz2", ".xz", ".zst"}:
-            raise ValueError(f"data file '{day}' is compressed; unpack it first")
     if not texts and not days:
         raise ValueError(
             f"data folder '{path}' has neither train.txt nor any *.txt, *.tsv or day_* file; "
@@ -108,8 +119,15 @@ def _natural_order(file: Path) -> list[tuple[int, str]]:
 
 
 def _is_labelled(file: Path) -> bool:
+    """Whether one of the first lines has a label: not the challenge's own test.txt."""
     with open(file, "rb") as stream:
-        return stream.readline(1 << 16).count(b"\t") == NUM_FIELDS - 1
+        first = itertools.islice(stream, _NUM_PROBED)
+        return any(line.count(b"\t") == NUM_FIELDS - 1 for line in first)
+
+
+def _start_hash(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.sha256(stream.read(1 << 20)).hexdigest()
 
 
 def open_click_log(path: Path, *, env: Env) -> CriteoSplit:

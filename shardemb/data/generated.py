@@ -88,11 +88,12 @@ def write_click_log(folder: Path, *, num_train: int, num_test: int, seed: int = 
         )
     folder.mkdir(parents=True, exist_ok=True)
     train, test, facts = (folder / name for name in ("train.txt", "test.txt", "generated.json"))
-    is_ours = facts.exists() or _partial(facts).exists()
-    if not is_ours and (train.exists() or test.exists()):
+    partials = {_partial(file) for file in (train, test, facts)}
+    foreign = [file for file in folder.iterdir() if file not in partials]
+    if foreign and not facts.exists() and not _partial(facts).exists():
         raise ValueError(
-            f"folder '{folder}' holds a train.txt or test.txt without a generated.json, so it was "
-            "not generated; give another folder"
+            f"folder '{folder}' holds {foreign[0].name} and no generated.json, so it is not "
+            "that of a generated log; give a new or empty folder"
         )
     model = _PlantedModel(seed)
     _write(_partial(train), model.chunks(num_train, part=0))
@@ -135,6 +136,10 @@ def read_generated(folder: Path) -> GeneratedLog:
             "write one with write_click_log"
         ) from error
     keys = ("num_train", "num_test", "seed", "best_auc")
+    if about.get("version") != _VERSION or not set(keys) <= set(about):
+        raise ValueError(
+            f"folder '{folder}' holds a generated log of another version of shardemb; remove it"
+        )
     return GeneratedLog(folder=folder, **{key: about[key] for key in keys})
 
 

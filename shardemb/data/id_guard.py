@@ -51,6 +51,8 @@ class IdGuard:
     """
 
     def __init__(self, limits: Sequence[FeatureLimit]) -> None:
+        if not limits:
+            raise ValueError("a batch is checked against at least one table, got none")
         self._limits: dict[str, FeatureLimit] = {}
         for limit in limits:
             known = self._limits.get(limit.feature)
@@ -59,34 +61,32 @@ class IdGuard:
         self._smallest = min(limit.num_embeddings for limit in self._limits.values())
 
     @property
-    def feature_names(self) -> tuple[str, ...]:
+    def feature_names(self) -> list[str]:
         """The features that a batch must have."""
-        return tuple(self._limits)
+        return list(self._limits)
 
     def check(self, batch: KeyedJaggedTensor) -> None:
-        """Returns when every id of the batch names a row.
+        """Raises unless every id of the batch names a row.
 
         Args:
             batch: Ids int32 or int64 [N], lengths [num_features * batch_size]; further features are
                 not looked at.
 
         Raises:
-            ValueError: A feature is missing, the ids are not integers, a length is negative, the
-                lengths do not add up to the number of ids, or an id is out of its table.
+            ValueError: A feature is missing, the batch has weights, the ids are not integers or not
+                [N], a length is negative, the lengths do not add up to the number of ids, or an id
+                is out of its table.
         """
-        keys = batch.keys()
-        missing = [feature for feature in self._limits if feature not in keys]
-        if missing:
+        self.check_keys(batch)
+        if batch.weights_or_none() is not None:
             raise ValueError(
-                f"feature {missing[0]!r} of table {self._limits[missing[0]].table!r} is not in the "
-                "batch, "
-                f"which has {list(batch.keys())}"
+                "the batch has weights, and the tables do not use them; leave them out"
             )
         ids_N, lengths = batch.values(), batch.lengths()
-        if ids_N.dtype not in _ID_DTYPES:
+        if ids_N.dtype not in _ID_DTYPES or ids_N.dim() != 1:
             raise ValueError(
-                f"ids must be int32 or int64, got {ids_N.dtype}; convert them before the batch is "
-                "made"
+                f"ids must be int32 or int64 [N], got {ids_N.dtype} {list(ids_N.shape)}; convert "
+                "them where the batch is made"
             )
         if lengths.numel() and int(lengths.min()) < 0:
             raise ValueError(f"lengths of bags must not be negative, got {int(lengths.min())}")
@@ -100,6 +100,23 @@ class IdGuard:
         if int(low) < 0 or int(high) >= self._smallest:
             self._check_each_feature(batch)
 
+    def check_keys(self, batch: KeyedJaggedTensor) -> None:
+        """Raises unless the batch has every feature.
+
+        Args:
+            batch: The batch.
+
+        Raises:
+            ValueError: A feature is missing.
+        """
+        keys = batch.keys()
+        missing = [feature for feature in self._limits if feature not in keys]
+        if missing:
+            raise ValueError(
+                f"feature {missing[0]!r} of table {self._limits[missing[0]].table!r} is not in the "
+                f"batch, which has {list(keys)}"
+            )
+
     def _check_each_feature(self, batch: KeyedJaggedTensor) -> None:
         offsets = batch.offset_per_key()
         for position, feature in enumerate(batch.keys()):
@@ -109,33 +126,38 @@ class IdGuard:
                 continue
             low, high = torch.aminmax(ids)
             if int(low) < 0 or int(high) >= limit.num_embeddings:
-                self._refuse(limit, ids, batch[feature].lengths())
-
-    @staticmethod
-    def _refuse(limit: FeatureLimit, ids: torch.Tensor, lengths: torch.Tensor) -> None:
-        at = int(torch.nonzero((ids < 0) | (ids >= limit.num_embeddings))[0])
-        sample = int(torch.searchsorted(lengths.cumsum(0), at, right=True))
-        raise ValueError(
-            f"feature {limit.feature!r}, sample {sample}: id {int(ids[at])} is outside "
-            f"0..{limit.num_embeddings - 1} of table {limit.table!r}; hash or drop such ids, or "
-            "raise num_embeddings"
-        )
+                _refuse(limit, ids, batch[feature].lengths())
 
 
-class CheckedForward:
-    """A forward hook of a sharded collection: checks its batch, and keeps its keys in order.
+def _refuse(limit: FeatureLimit, ids: torch.Tensor, lengths: torch.Tensor) -> None:
+    at = int(torch.nonzero((ids < 0) | (ids >= limit.num_embeddings))[0])
+    sample = int(torch.searchsorted(lengths.cumsum(0), at, right=True))
+    raise ValueError(
+        f"feature {limit.feature!r}, sample {sample}: id {int(ids[at])} is outside "
+        f"0..{limit.num_embeddings - 1} of table {limit.table!r}; hash or drop such ids, or raise "
+        "num_embeddings"
+    )
 
-    TorchRec freezes the order of keys at the first batch; a batch with the same keys in another
-    order would look up the wrong tables, in silence.
+
+class GuardedForward:
+    """A forward pre-hook of a sharded collection: checks its batch and puts its keys in order.
+
+    TorchRec freezes the order of keys at the first batch, and a batch with the same keys in another
+    order would look up the wrong tables, in silence; and ranks whose ids differ in dtype die.
 
     Args:
-        guard: Checks the ids.
+        limits: One for each pair of feature and table of the collection.
+        check_ids: Whether to check every batch that was not checked already.
     """
 
-    def __init__(self, guard: IdGuard) -> None:
-        self.guard = guard
-        self.trusted = False
-        self._keys: list[str] | None = None
+    def __init__(self, limits: Sequence[FeatureLimit], *, check_ids: bool) -> None:
+        self.guard = IdGuard(limits)
+        self.checked: list[torch.Tensor] = []
+        """The ids, by identity, of batches that need no further check."""
+        self.lookups_left: int | None = None
+        """Lookups until the next update, each of which would be an update of its own."""
+        self._check_ids = check_ids
+        self._keys = self.guard.feature_names
 
     def __call__(
         self,
@@ -156,59 +178,57 @@ class CheckedForward:
         """
         if not args or not isinstance(args[0], KeyedJaggedTensor):
             return None
+        self._count()
         batch = args[0]
-        if not self.trusted:
+        self.guard.check_keys(batch)
+        if self._check_ids and not any(batch.values() is ids for ids in self.checked):
             self.guard.check(batch)
         keys = list(batch.keys())
-        if self._keys is None:
-            self._keys = keys
-        if keys == self._keys:
-            return None
-        missing = [key for key in self._keys if key not in keys]
-        if missing:
-            raise ValueError(
-                f"feature {missing[0]!r} was in the first batch and is not in this one, which has "
-                f"{keys}"
+        if keys != self._keys:
+            batch = batch.permute([keys.index(key) for key in self._keys])
+        if (batch.values().dtype, batch.lengths().dtype) != (torch.int64, torch.int64):
+            batch = KeyedJaggedTensor(
+                keys=self._keys, values=batch.values().long(), lengths=batch.lengths().long()
             )
-        return (batch.permute([keys.index(key) for key in self._keys]), *args[1:])
+        return None if batch is args[0] else (batch, *args[1:])
+
+    def _count(self) -> None:
+        if self.lookups_left is None or not torch.is_grad_enabled():
+            return
+        if self.lookups_left == 0:
+            raise ValueError(
+                f"the collection of features {self._keys} is looked up twice in one step, and each "
+                "lookup would update its rows by itself; look all features up in one batch"
+            )
+        self.lookups_left -= 1
 
 
-def checks_of(model: nn.Module) -> list[CheckedForward]:
-    """The checks that `shard_modules` put on the collections of a model."""
+def guards_of(model: nn.Module) -> list[GuardedForward]:
+    """The guards that `shard_modules` put on the collections of a model."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    return [hook for hook in hooks if isinstance(hook, CheckedForward)]
-
-
-def check_with_each(checks: Sequence[CheckedForward], batch: KeyedJaggedTensor) -> None:
-    """Checks a batch by every guard whose features it has.
-
-    Args:
-        checks: Of `checks_of`.
-        batch: The batch.
-
-    Raises:
-        ValueError: A guard refuses it.
-    """
-    keys = set(batch.keys())
-    for check in checks:
-        if keys.issuperset(check.guard.feature_names):
-            check.guard.check(batch)
+    return [hook for hook in hooks if isinstance(hook, GuardedForward)]
 
 
 @contextmanager
-def trusted(checks: Sequence[CheckedForward]) -> Iterator[None]:
-    """Runs a block whose batch was checked already.
+def one_step(
+    guards: Sequence[GuardedForward], checked: Sequence[tuple[GuardedForward, torch.Tensor]]
+) -> Iterator[None]:
+    """Runs a forward with one lookup a collection, which passes ids that were checked already.
 
     Args:
-        checks: Of `checks_of`.
+        guards: All guards of the model.
+        checked: Guards, and the ids that each has checked.
 
     Yields:
         Nothing.
     """
-    for check in checks:
-        check.trusted = True
+    for guarded, ids in checked:
+        guarded.checked.append(ids)
+    for guarded in guards:
+        guarded.lookups_left = 1
     try:
         yield
     finally:
-        for check in checks:
-            check.trusted = False
+        for guarded in guards:
+            guarded.checked.clear()
+            guarded.lookups_left = None

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from shardemb.agree import all_or_none, by_main
 from shardemb.env import Env
+from shardemb.errors import RunError
 
 _NEWLINE = ord("\n")
 
@@ -72,7 +73,7 @@ class LineIndex:
 
         Raises:
             ValueError: No file is given, or one is missing, empty or unreadable.
-            RuntimeError: A file changed meanwhile, or another rank sees other files or failed.
+            RunError: A file changed meanwhile, or another rank sees other files or failed.
 
         Example:
             >>> import tempfile
@@ -91,7 +92,7 @@ class LineIndex:
         lines_K = np.zeros(first_block_F[-1], dtype=np.int64)
         with all_or_none(env, "counting the lines of the data files"):
             if seen_by_main != _facts(files):
-                raise RuntimeError(
+                raise RunError(
                     f"rank {env.rank} sees the files {_facts(files)} (name, bytes, open-ended), "
                     f"rank 0 sees {seen_by_main}; give every rank the same files"
                 )
@@ -120,7 +121,7 @@ class LineIndex:
     def read(self, first: int, count: int) -> bytes:
         """Reads whole lines, across files where need be.
 
-        A file that changed since it was indexed is a RuntimeError.
+        A file that changed since it was indexed is a RunError.
 
         Args:
             first: Number of the first line, from 0.
@@ -187,7 +188,7 @@ class LineIndex:
         data = self._read_blocks(file, first_block - file_block, last_block - file_block)
         lines_before, lines_after = self.lines_before_K[[first_block, last_block + 1]].tolist()
         if data.count(b"\n") != lines_after - lines_before:
-            raise RuntimeError(_changed(file, "its lines are not where they were"))
+            raise RunError(_changed(file, "its lines are not where they were"))
         head = data[: self.block_bytes]
         start = 0 if at_start else _after_newline(head, first - lines_before)
         last_at = (last_block - first_block) * self.block_bytes
@@ -202,9 +203,9 @@ class LineIndex:
                 stream.seek(begin)
                 data = stream.read(end - begin)
         except OSError as error:
-            raise RuntimeError(_changed(file, f"it cannot be read: {error.strerror}")) from error
+            raise RunError(_changed(file, f"it cannot be read: {error.strerror}")) from error
         if len(data) != end - begin:
-            raise RuntimeError(_changed(file, f"it ends before byte {end}"))
+            raise RunError(_changed(file, f"it ends before byte {end}"))
         return data + b"\n" if end == file.num_bytes and file.is_open_ended else data
 
 
@@ -221,6 +222,11 @@ class LineRange:
     index: LineIndex
     first: int
     num_lines: int
+
+    def __str__(self) -> str:
+        names = [file.path.name for file in self.index.files]
+        shown = ", ".join(names[:3]) + f" and {len(names) - 3} more files" * (len(names) > 3)
+        return f"{self.num_lines:,} lines of {shown}"
 
 
 def count_newlines(path: Path, blocks: Sequence[int], *, block_bytes: int) -> npt.NDArray[np.int64]:
@@ -269,9 +275,9 @@ def _facts(files: Sequence[TextFile]) -> list[tuple[str, int, bool]]:
 def _check_unchanged(file: TextFile, stat: os.stat_result) -> None:
     if stat.st_size != file.num_bytes:
         how = f"it has {stat.st_size} bytes instead of {file.num_bytes}"
-        raise RuntimeError(_changed(file, how))
+        raise RunError(_changed(file, how))
     if stat.st_mtime_ns != file.modified_ns:
-        raise RuntimeError(_changed(file, "it was written to"))
+        raise RunError(_changed(file, "it was written to"))
 
 
 def _changed(file: TextFile, how: str) -> str:

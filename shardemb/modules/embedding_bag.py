@@ -1,4 +1,4 @@
-"""TorchRec's `EmbeddingBagCollection` from our tables, with optimizers and first values."""
+"""TorchRec's `EmbeddingBagCollection` from our tables, with optimizers and initial values."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from shardemb.config import TableConfig, check_tables
 from shardemb.init import Init
 
 _POOLING = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
-_ROWS_AT_ONCE = 1 << 18
+_VALUES_AT_ONCE = 1 << 18
 """Values drawn at once while a table is filled, in elements: 1 MiB of float32."""
 
 
-class FirstValues:
-    """Fills any block of a table with its first values. TorchRec keeps it as the table's `init_fn`.
+class InitialValues:
+    """Fills any block of a table with its initial values. TorchRec's configs hold it as `init_fn`.
 
     Args:
         table: Name of the table.
@@ -27,11 +27,14 @@ class FirstValues:
     def __init__(self, table: str, init: Init, seed: int) -> None:
         self._table, self._init, self._seed = table, init, seed
 
+    def __repr__(self) -> str:
+        return f"InitialValues({self._table!r}, {self._init!r}, seed={self._seed})"
+
     @torch.no_grad()
     def fill(
         self, block_RD: torch.Tensor, *, first_row: int, first_column: int, embedding_dim: int
     ) -> None:
-        """Writes the table's first values into a block of it, a few rows at a time.
+        """Writes the table's initial values into a block of it, a few rows at a time.
 
         Args:
             block_RD: The block, any floating dtype and device [R, D].
@@ -40,7 +43,7 @@ class FirstValues:
             embedding_dim: Columns of the whole table.
         """
         num_rows, num_columns = block_RD.shape
-        step = max(1, _ROWS_AT_ONCE // embedding_dim)
+        step = max(1, _VALUES_AT_ONCE // embedding_dim)
         for start in range(0, num_rows, step):
             drawn = self._init.rows(
                 seed=self._seed,
@@ -62,12 +65,12 @@ def EmbeddingBagCollection(  # noqa: N802 - it stands where TorchRec's class sta
 ) -> torchrec.EmbeddingBagCollection:
     """Pooled lookups in several tables, as TorchRec's own module, ready for `plan_sharding`.
 
-    Nothing is allocated on "meta". On another device the tables are whole, hold the first values
+    Nothing is allocated on "meta". On another device the tables are whole, hold the initial values
     that they would hold sharded, and train as any torch module: for references and for tests.
 
     Args:
         tables: The tables; their names must differ.
-        seed: Seed of the first values. Rows are a pure function of (seed, table name, row).
+        seed: Seed of the initial values. Rows are a pure function of (seed, table name, row).
         device: "meta", or where to build the whole tables.
 
     Returns:
@@ -107,5 +110,5 @@ def _torchrec_config(table: TableConfig, seed: int) -> EmbeddingBagConfig:
         embedding_dim=table.embedding_dim,
         feature_names=list(table.feature_names),
         pooling=_POOLING[table.pooling],
-        init_fn=FirstValues(table.name, table.first_values, seed),
+        init_fn=InitialValues(table.name, table.initial_values, seed),
     )

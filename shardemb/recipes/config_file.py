@@ -6,13 +6,13 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from shardemb.agree import by_main
 from shardemb.env import Env
-from shardemb.recipes.run_folder import CONFIG
+from shardemb.recipes.run_folder import CONFIG, RunFolder
 
 C = TypeVar("C")
 _MAY_DIFFER = {"out", "resume", "steps", "log_every", "checkpoint_every", "max_malformed"}
@@ -22,7 +22,7 @@ _MAY_DIFFER = {"out", "resume", "steps", "log_every", "checkpoint_every", "max_m
 def read_config(cls: type[C], argv: Sequence[str] | None, env: Env) -> C:
     """Reads the command line, over `--config FILE` or over the run that `--resume` goes on with.
 
-    Ranks that torchrun started again after a failure go on with the run that they began.
+    Ranks that the launcher starts again go on with the run that they began.
 
     Args:
         cls: The frozen dataclass of a recipe, flat, with fields `out` and `resume`.
@@ -41,11 +41,13 @@ def read_config(cls: type[C], argv: Sequence[str] | None, env: Env) -> C:
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", type=Path)
     file, rest = files.parse_known_args(argv)
-    default = config_from_toml(cls, file.config) if file.config else cls()
-    typed: Any = _parse(cls, rest, default, env)
-    if typed.resume or env.num_restarts:
-        typed = by_main(env, "reading the run's config", lambda: _resumed(typed, rest, env))
-    config: C = typed
+    default = cls()
+    if file.config and "--resume" in rest:
+        raise ValueError("--resume goes on with the run's own config; leave out --config")
+    if file.config:
+        default = by_main(env, "reading the config", lambda: config_from_toml(cls, file.config))
+    typed = _parse(cls, rest, default, env)
+    config: C = by_main(env, "reading the run's config", lambda: _resumed(typed, rest, env))
     return config
 
 
@@ -57,10 +59,16 @@ def _parse(cls: type[C], argv: Sequence[str], default: C, env: Env) -> C:
 
 
 def _resumed(typed: Any, argv: Sequence[str], env: Env) -> Any:
+    """The config to go on with, if the run is resumed or its job started again; else as typed.
+
+    Raises:
+        FileNotFoundError: There is no run to resume.
+        ValueError: A typed field differs from what the run fixed.
+    """
     folder = Path(typed.out)
+    if not typed.resume and not RunFolder(folder).is_of(env.run_id):
+        return typed
     if not (folder / CONFIG).is_file():
-        if not typed.resume:  # the ranks failed before they began
-            return typed
         raise FileNotFoundError(
             f"there is no run to resume in {folder}; leave out --resume to start one"
         )
@@ -96,7 +104,8 @@ def config_from_toml(cls: type[C], path: Path) -> C:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not TOML, or names a field that the config does not have.
+        ValueError: The file is not TOML, or has a key that the config does not have or a value of
+            another kind.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -108,9 +117,25 @@ def config_from_toml(cls: type[C], path: Path) -> C:
         raise ValueError(
             f"{path}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}"
         )
-    return cls(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
-    )
+    kinds = get_type_hints(cls)
+    for name, value in values.items():
+        values[name] = _of_kind(value, kinds[name], f"{path}: {name}")
+    return cls(**values)
+
+
+def _of_kind(value: Any, kind: Any, name: str) -> Any:
+    """A TOML value as its field has it: str, bool, int, float, or a tuple of str.
+
+    Raises:
+        ValueError: It is of another kind.
+    """
+    kinds = [one for one in get_args(kind) or (kind,) if one not in {type(None), Ellipsis}]
+    if get_origin(kind) is tuple:
+        if isinstance(value, list):
+            return tuple(_of_kind(item, kinds[0], name) for item in value)
+    elif type(value) is kinds[0]:
+        return value
+    elif type(value) is int and kinds[0] is float:
+        return float(value)
+    shown = f"a list of {kinds[0].__name__}" if get_origin(kind) is tuple else kinds[0].__name__
+    raise ValueError(f"{name} must be {shown}, got {value!r}")

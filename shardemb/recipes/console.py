@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from shardemb.env import Env
+from shardemb.env import Env, leave_at_once
 
 
 def quiet_libraries() -> None:
@@ -28,7 +28,11 @@ def refuse(error: Exception) -> int:
         The exit status.
     """
     print(f"error: {error}", file=sys.stderr, flush=True)
-    get_error_handler().record_exception(error)
+    try:
+        raise error.with_traceback(None)  # torchrun shows the traceback that is being handled
+    except type(error):
+        get_error_handler().record_exception(error)
+    leave_at_once(1)
     return 1
 
 

@@ -4,6 +4,7 @@ torchx run -s local_cwd shardemb.train -j 1x2 -- --data FOLDER --out runs/dlrm
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +18,12 @@ from torch import nn
 
 import shardemb as se
 from shardemb import layouts, optim
-from shardemb.agree import OtherRankError, all_or_none, by_main
+from shardemb.agree import by_main
 from shardemb.data.click_log import CriteoLoader, open_click_log
 from shardemb.data.clicks import CATEGORY_NAMES, INTEGER_NAMES
 from shardemb.data.generated import GeneratedLog, read_generated, write_click_log
 from shardemb.env import Env
+from shardemb.errors import RunError
 from shardemb.layouts import Layout
 from shardemb.metrics import click_metrics
 from shardemb.models.dlrm import DLRM, ClickModel
@@ -46,10 +48,10 @@ class Config:
     steps: int | None = None
     """Steps in all; by default one pass over the data, as in a second one the rows overfit."""
     batch_size: int | None = None
-    """Samples of a step on all ranks together; by default 1024, or for small data the power of two
-    that gives at least 100 steps a pass."""
+    """Samples of a step on all ranks together; by default 960, which many numbers of ranks divide,
+    or for small data its half, quarter and so on that gives 100 steps a pass."""
     seed: int = 0
-    """Of the first values of rows and dense parameters, and of the generated log."""
+    """Of the initial values of rows and dense parameters, and of the generated log."""
     num_embeddings: int = 100_000
     """Rows of each of the 26 tables; categories are hashed into them."""
     embedding_dim: int = 16
@@ -71,6 +73,13 @@ class Config:
     """Rows of the generated log to train on; a tenth as many are held out."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be in 0..2**63-1, got {self.seed}")
+        if self.max_malformed < 0:
+            raise ValueError(f"max_malformed must not be negative, got {self.max_malformed}")
+        for name in ("sparse_lr", "dense_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
         for name in (
             "num_embeddings",
             "embedding_dim",
@@ -83,27 +92,41 @@ class Config:
         for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("data", "out"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} must not be empty")
         unknown = sorted(set(self.row_wise) - set(CATEGORY_NAMES))
         if unknown:
             raise ValueError(f"row_wise names table {unknown[0]!r}; the tables are C1 to C26")
 
 
 def train(config: Config, env: Env) -> None:
-    """Trains, evaluates, and leaves a run folder."""
+    """Trains, evaluates, and leaves a run folder.
+
+    Args:
+        config: What to train.
+        env: This process.
+
+    Raises:
+        ValueError: The config does not fit the data or the ranks.
+    """
     say = say_on_main(env)
 
     # Data
-    best_auc = None
     folder = RunFolder(config.out)
-    open_folder = partial(open_run, folder, config_to_toml(config), env, resume=config.resume)
-    if config.data is None:
-        open_folder()
+    split = None if config.data is None else open_click_log(Path(config.data), env=env)
+    num_samples = split.train.num_lines if split else config.generated_rows
+    batch_size = config.batch_size or default_batch_size(num_samples)
+    if batch_size % env.world_size:
+        raise ValueError(
+            f"a batch of {batch_size} samples does not divide by {env.world_size} ranks; give "
+            f"--batch-size a multiple of {env.world_size}"
+        )
+    open_run(folder, config_to_toml(config), env, resume=config.resume)
+    best_auc = None
+    if split is None:
         log = by_main(env, "generating a click log", lambda: generate_log(config, folder))
         split, best_auc = open_click_log(log.folder, env=env), log.best_auc
-    else:
-        split = open_click_log(Path(config.data), env=env)
-        open_folder()
-    batch_size = config.batch_size or default_batch_size(split.train.num_lines)
     one_pass = -(-split.train.num_lines // batch_size)
     num_steps = config.steps or one_pass
     config = replace(config, steps=num_steps, batch_size=batch_size)
@@ -115,18 +138,20 @@ def train(config: Config, env: Env) -> None:
         max_malformed=config.max_malformed,
     )
     say(
-        f"{split.train.num_lines:,} samples to train on, {split.held_out.num_lines:,} held out; "
-        f"{num_steps:,} steps of {batch_size:,} ({num_steps / one_pass:.1f} passes)"
+        f"{split.train} to train on, {split.held_out} held out; {num_steps:,} steps of "
+        f"{batch_size:,} samples ({num_steps / one_pass:.1f} passes)"
     )
     # Model, plan, shards, optimizer
     model = build_model(config)
     plan = se.plan_sharding(model, env, build_layouts(config))
     say(f"\n{plan}\n")
-    with all_or_none(env, f"writing to {folder.path}"):
-        if env.is_main:
-            folder.keep(DATA, split.describe())
-            folder.write(CONFIG, config_to_toml(replace(config, resume=False)))
-            folder.write(PLAN, plan.to_json())
+
+    def write_down() -> None:
+        folder.keep(DATA, split.describe())
+        folder.write(CONFIG, config_to_toml(replace(config, resume=False)))
+        folder.write(PLAN, plan.to_json())
+
+    by_main(env, f"writing to {folder.path}", write_down)
     model = se.shard_modules(model, plan, env)
     optimizer = se.build_optimizer(model, dense=lambda p: torch.optim.AdamW(p, lr=config.dense_lr))
 
@@ -154,9 +179,8 @@ def train(config: Config, env: Env) -> None:
             checkpoint = se.save_checkpoint(
                 folder.checkpoint_path(step), model, optimizer, step=step, env=env
             )
-            if env.is_main:
-                folder.drop_old_checkpoints()
-            progress.resume()
+            by_main(env, "removing old checkpoints", folder.drop_old_checkpoints)
+            progress.restart_clock()
 
     # Evaluate
     held_out = make_loader(split.held_out, repeat=False)
@@ -169,8 +193,8 @@ def train(config: Config, env: Env) -> None:
     }
     if best_auc is not None:
         result["best_auc"] = best_auc
-    if env.is_main:
-        folder.write(RESULT, json.dumps(result, indent=2) + "\n")
+    text = json.dumps(result, indent=2) + "\n"
+    by_main(env, f"writing to {folder.path}", lambda: folder.write(RESULT, text))
     say(f"\n{describe(result)}")
 
 
@@ -222,8 +246,9 @@ def generate_log(config: Config, folder: RunFolder) -> GeneratedLog:
 
 
 def default_batch_size(num_samples: int) -> int:
-    """A power of two from 16 to 1024 with at least 100 steps a pass, if there is one."""
-    return min(1024, max(16, 1 << max(0, (num_samples // 100).bit_length() - 1)))
+    """960, or its half, quarter ... down to 30, whichever first gives at least 100 steps a pass."""
+    sizes = (960, 480, 240, 120, 60, 30)
+    return next((size for size in sizes if size * 100 <= num_samples), sizes[-1])
 
 
 def evaluate(pipeline: se.TrainPipeline, loader: CriteoLoader, env: Env) -> dict[str, float]:
@@ -272,9 +297,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = se.init_distributed()
     try:
         train(read_config(Config, argv, env), env)
-    except (ValueError, OSError, OtherRankError) as error:
-        return refuse(error)
-    return 0
+    except (ValueError, OSError, RunError) as error:
+        refused = error
+    else:
+        return 0
+    return refuse(refused)
 
 
 if __name__ == "__main__":

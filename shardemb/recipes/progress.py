@@ -1,5 +1,6 @@
 """Progress of a run: a line now and then for people, and the same as JSON for programs."""
 
+import logging
 import time
 from typing import Any
 
@@ -50,8 +51,8 @@ class Progress:
         if step % self._log_every == 0 or step in {1, self._num_steps}:
             self._report(step)
 
-    def resume(self) -> None:
-        """Begins to time again after something that is not training, such as a checkpoint."""
+    def restart_clock(self) -> None:
+        """Leaves what was not training, such as a checkpoint, out of the speed."""
         self._resumed_at = time.perf_counter()
 
     @property
@@ -70,4 +71,7 @@ class Progress:
             left = format_duration((self._num_steps - step) * self._batch_size / speed)
             line += f"  {speed:>9,.0f} samples/s  {left} left"
         print(line, flush=True)
-        self._folder.log({"step": step, "loss": loss, "samples_per_second": speed})
+        try:
+            self._folder.log({"step": step, "loss": loss, "samples_per_second": speed})
+        except OSError as error:  # the run itself can go on
+            logging.getLogger("shardemb").warning("progress is not logged: %s", error)

@@ -1,15 +1,18 @@
 """The folder of a run: config, plan, progress, checkpoints, result. Never overwrites a run."""
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from shardemb.agree import by_main
+from shardemb.agree import all_or_none, by_main
 from shardemb.checkpoint import latest_checkpoint
 from shardemb.env import Env
+from shardemb.errors import RunError
 
 CONFIG, DATA, PLAN = "config.toml", "data.json", "plan.json"
+_RUN_ID, _LOCK = "run_id", "lock"
 PROGRESS, RESULT = "metrics.jsonl", "metrics.json"
 _CHECKPOINTS = "checkpoints"
 
@@ -25,6 +28,26 @@ class RunFolder:
     def __init__(self, path: str | Path, *, num_kept: int = 2) -> None:
         self.path = Path(path)
         self._num_kept = num_kept
+
+    def lock(self) -> None:
+        """Keeps other runs out of the folder for as long as this process lives.
+
+        Raises:
+            RunError: Another run has it.
+        """
+        self._lock = open(self.path / _LOCK, "w", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(
+                f"another run writes to {self.path}; wait for it, or end its processes, or give "
+                "another --out"
+            ) from error
+
+    def is_of(self, run_id: str | None) -> bool:
+        """Whether the launcher's job of that name began the run, so that it starts again."""
+        file = self.path / _RUN_ID
+        return run_id is not None and file.is_file() and file.read_text() == run_id
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -73,7 +96,11 @@ class RunFolder:
             file.write(json.dumps(entry) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drops progress beyond a step, which a resumed run will do again."""
+        """Drops what is beyond a step, which a resumed run will do again, and what is broken."""
+        for checkpoint in (self.path / _CHECKPOINTS).glob("*"):
+            number = int(checkpoint.name) if checkpoint.name.isdigit() else None
+            if number is None or number > step:
+                shutil.rmtree(checkpoint)
         progress = self.path / PROGRESS
         if progress.exists():
             entries = [line for line in progress.read_text().splitlines() if _is_whole(line)]
@@ -83,8 +110,8 @@ class RunFolder:
 
     def drop_old_checkpoints(self) -> None:
         """Removes all checkpoints but the newest."""
-        found = sorted(path for path in (self.path / _CHECKPOINTS).iterdir() if path.name.isdigit())
-        for old in found[: -self._num_kept]:
+        found = [path for path in (self.path / _CHECKPOINTS).iterdir() if path.name.isdigit()]
+        for old in sorted(found, key=lambda path: int(path.name))[: -self._num_kept]:
             shutil.rmtree(old)
 
 
@@ -98,24 +125,33 @@ def open_run(folder: RunFolder, config: str, env: Env, *, resume: bool) -> None:
         resume: Whether a run that the folder holds goes on.
 
     Raises:
-        FileExistsError: The folder holds a run and is not to resume it, or holds other files.
-        OtherRankError: The same, on other ranks than 0.
+        FileExistsError: The folder holds a run and `resume` is false, or it holds other files.
+        RunError: A rank does not see the folder, or rank 0 refused it.
     """
 
     def open_on_main() -> None:
         if not resume:
             _check_unused(folder)
             folder.path.mkdir(parents=True, exist_ok=True)
+        folder.lock()
+        if not resume:
+            folder.write(_RUN_ID, env.run_id or "")
             folder.write(CONFIG, config)
 
     by_main(env, f"opening the run folder {folder.path}", open_on_main)
+    with all_or_none(env, f"looking at the run folder {folder.path}"):
+        if not (folder.path / CONFIG).is_file():
+            raise RunError(
+                f"rank {env.rank} does not see {folder.path}, which rank 0 made; put --out on a "
+                "filesystem that all nodes share"
+            )
 
 
 def _check_unused(folder: RunFolder) -> None:
     """Refuses a folder with a run that has trained, or with anything that is not a run.
 
     Raises:
-        FileExistsError: It holds such.
+        FileExistsError: It holds a run or other files.
     """
     path, last = folder.path, folder.last_checkpoint
     if (path / PROGRESS).exists() or last is not None:
