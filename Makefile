@@ -25,7 +25,7 @@ refuse_other = [ ! -e $(VENV)/installed-$(1) ] || { echo "$(VENV) is installed f
 install: $(VENV)/installed-$(DEVICE)
 
 train: install
-	torchx run -s local_cwd shardemb.train -j "1x$(NPROC)" --recipe "$(RECIPE)" -- --out "$(OUT)" $(DATA_AND_STEPS) $(ARGS)
+	torchx --log_level WARNING run -s local_cwd shardemb.train -j "1x$(NPROC)" --recipe "$(RECIPE)" -- --out "$(OUT)" $(DATA_AND_STEPS) $(ARGS)
 
 test: $(VENV)/installed-dev
 	python -m pytest

@@ -42,7 +42,6 @@ from benchmarks.machine import copy_gb_per_s, describe, random_row_gb_per_s
 from shardemb import layouts, optim
 from shardemb.env import Env
 from shardemb.planner import Sharder
-from shardemb.recipes.console import quiet_libraries
 from shardemb.text import format_table
 
 NUM_TABLES, NUM_EMBEDDINGS, EMBEDDING_DIM, LR = 26, 100_000, 64, 0.01
@@ -275,7 +274,6 @@ def run_rank(rank: int, world_size: int, port: int, out: str, warmup: int, repea
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    quiet_libraries()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
     env = se.init_distributed(device="cpu")
     for number, case in enumerate(CASES):

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardemb.checkpoint import latest_checkpoint as latest_checkpoint
     from shardemb.checkpoint import load_checkpoint as load_checkpoint
     from shardemb.checkpoint import save_checkpoint as save_checkpoint
     from shardemb.config import TableConfig as TableConfig
@@ -29,6 +30,7 @@ _HOME = {
     "build_optimizer": "shardemb.optim.build",
     "init_distributed": "shardemb.env",
     "keyed_jagged_tensor": "shardemb.data.batches",
+    "latest_checkpoint": "shardemb.checkpoint",
     "load_checkpoint": "shardemb.checkpoint",
     "plan_sharding": "shardemb.plan",
     "save_checkpoint": "shardemb.checkpoint",

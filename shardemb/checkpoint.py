@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from shardemb.agree import all_or_none
-from shardemb.env import Env
+from shardemb.env import Env, init_distributed
 from shardemb.errors import RunError
 from shardemb.optim.build import DENSE, FUSED
 
@@ -31,7 +31,12 @@ _SCHEDULED = "initial_lr"  # of a learning-rate scheduler
 
 
 def save_checkpoint(
-    path: str | Path, model: nn.Module, optimizer: CombinedOptimizer, *, step: int, env: Env
+    path: str | Path,
+    model: nn.Module,
+    optimizer: CombinedOptimizer,
+    *,
+    step: int,
+    env: Env | None = None,
 ) -> Path:
     """Writes a checkpoint: tables, their optimizer rows, dense parameters and their optimizer.
 
@@ -43,7 +48,7 @@ def save_checkpoint(
         model: Of `shard_modules`.
         optimizer: Of `build_optimizer`.
         step: Steps done, which is also the position in the data.
-        env: This process.
+        env: This process, as by `init_distributed()`.
 
     Returns:
         The folder.
@@ -53,6 +58,7 @@ def save_checkpoint(
         OSError: It cannot be made.
         RunError: It cannot be written, a rank does not see it, or another rank failed.
     """
+    env = env or init_distributed()
     path = Path(path)
     partial = path.with_name(path.name + _PARTIAL)
     settings = _settings_of_all_ranks(optimizer, env)
@@ -87,7 +93,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: str | Path, model: nn.Module, optimizer: CombinedOptimizer, *, env: Env
+    path: str | Path, model: nn.Module, optimizer: CombinedOptimizer, *, env: Env | None = None
 ) -> int:
     """Reads a checkpoint into a model and its optimizer, in place.
 
@@ -95,7 +101,7 @@ def load_checkpoint(
         path: A folder of `save_checkpoint`.
         model: Of `shard_modules`, with the tables of the checkpoint.
         optimizer: Of `build_optimizer`, with the optimizers of the checkpoint.
-        env: This process.
+        env: This process, as by `init_distributed()`.
 
     Returns:
         The number of steps done.
@@ -106,6 +112,7 @@ def load_checkpoint(
             first difference.
         RunError: The checkpoint cannot be read, or another rank failed.
     """
+    env = env or init_distributed()
     path = Path(path)
     tables_and_dense = _model_and_fused_state(model, optimizer)
     with all_or_none(env, f"reading the checkpoint {path}"):

@@ -5,13 +5,15 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from shardemb import __version__
+
 RECIPES = ("dlrm",)
 
 
 def train(argv: Sequence[str]) -> int:
     """Runs a recipe in this process: on one rank, or on those that torchrun started."""
     recipe, rest = _recipe(argv, "train")
-    status: int = import_module(f"shardemb.recipes.{recipe}").main(rest)
+    status: int = import_module(f"shardemb.recipes.{recipe}").main(rest, prog="shardemb train")
     return status
 
 
@@ -25,6 +27,7 @@ def plan(argv: Sequence[str]) -> int:
     name, rest = _recipe(rest, "plan")
     if {"-h", "--help"} & set(rest):
         parser.print_help()
+        print("\nThe recipe's own options follow, and --recipe NAME chooses another.\n")
 
     from shardemb import plan_sharding
     from shardemb.env import Env
@@ -34,7 +37,7 @@ def plan(argv: Sequence[str]) -> int:
     recipe = import_module(f"shardemb.recipes.{name}")
     try:
         env = Env(world_size=asked.world_size, num_nodes=asked.num_nodes)
-        config = read_config(recipe.Config, rest, Env())
+        config = read_config(recipe.Config, rest, Env(), prog="shardemb plan")
         made = plan_sharding(recipe.build_model(config), env, recipe.build_layouts(config))
     except (ValueError, OSError, RunError) as error:
         return _refuse(error)
@@ -90,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, command in COMMANDS.items():
             print(f"  {name:8}{command.__doc__}")
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"shardemb {__version__}")
+        return 0
     if argv[0] not in COMMANDS:
         return _refuse(f"there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}", 2)
     return COMMANDS[argv[0]](argv[1:])

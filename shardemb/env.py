@@ -1,8 +1,10 @@
 """Who am I: rank, device and process group. The only reader of `os.environ` but the doctor."""
 
 import atexit
+import logging
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -63,7 +65,7 @@ def init_distributed(*, device: str | None = None, timeout_s: float = 1800.0) ->
     """Joins the process group that torchrun or torchx started, or starts one of a single rank.
 
     CPU tensors go through gloo; on CUDA, CUDA tensors go through NCCL. A process group that is
-    there already is kept.
+    there already is kept. Hides the notices by which torch deprecates what TorchRec calls.
 
     Args:
         device: "cpu" or "cuda"; by default CUDA where there is a device, else the CPU.
@@ -94,6 +96,7 @@ def init_distributed(*, device: str | None = None, timeout_s: float = 1800.0) ->
         device=chosen,
         run_id=None if run_id == "none" else run_id,
     )
+    _hide_deprecations()
     if not dist.is_initialized():
         _start(env, timedelta(seconds=timeout_s), launched="RANK" in os.environ)
     elif (dist.get_rank(), dist.get_world_size()) != (env.rank, env.world_size):
@@ -141,6 +144,12 @@ def _device(asked: str | None, local_rank: int) -> torch.device:
             "start fewer ranks on a node, or use device='cpu'"
         )
     return torch.device("cuda", local_rank)
+
+
+def _hide_deprecations() -> None:
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(torch|torchrec)\.")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 def _start(env: Env, timeout: timedelta, *, launched: bool) -> None:

@@ -141,7 +141,7 @@ def _torchrec_layout(layout: Layout) -> object:
 def _chosen_by(layout: Layout | None) -> str:
     if layout is None:
         return "planner"
-    return "you, rank by planner" if layout == TableWise() else "you"
+    return "named, rank by planner" if layout == TableWise() else "named"
 
 
 def _placement(

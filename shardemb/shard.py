@@ -5,15 +5,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torchrec
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec import KeyedTensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ShardingEnv
+from torchrec.distributed.types import LazyAwaitable, ShardingEnv
 from torchrec.modules.embedding_configs import PoolingType
 
 from shardemb.agree import all_or_none
@@ -68,6 +70,7 @@ def shard_modules(
         path: limits_of(collection.embedding_bag_configs())
         for path, collection in collections.items()
     }
+    keys = {path: list(collection._embedding_names) for path, collection in collections.items()}
     with _left_unfilled(collections.values()):
         sharded = DistributedModelParallel(
             module=model,
@@ -81,6 +84,7 @@ def shard_modules(
             _set_initial_values(module, origins[path], env)
             _keep_means_apart(module)
             module.register_forward_pre_hook(GuardedForward(limits[path], check_ids=check_ids))
+            module.register_forward_hook(_InOrder(keys[path]))
     return sharded
 
 
@@ -150,6 +154,35 @@ def _origins(collection: torchrec.EmbeddingBagCollection) -> dict[str, _Origin]:
                 "shardemb.init"
             )
     return origins
+
+
+class _InOrder:
+    """A forward hook: the pooled features in the order in which the tables declare them.
+
+    TorchRec returns them by layout, so that a model which reads all columns at once would be
+    another model under another plan.
+    """
+
+    def __init__(self, keys: list[str]) -> None:
+        self._keys = keys
+
+    def __call__(
+        self,
+        module: nn.Module,  # noqa: ARG002
+        args: tuple[Any, ...],  # noqa: ARG002
+        output: LazyAwaitable[KeyedTensor],
+    ) -> None:
+        """What torch calls after a forward."""
+        output.callbacks.append(self._reorder)
+
+    def _reorder(self, pooled: KeyedTensor) -> KeyedTensor:
+        if list(pooled.keys()) == self._keys:
+            return pooled
+        (values,) = KeyedTensor.regroup([pooled], [self._keys])
+        width_of = dict(zip(pooled.keys(), pooled.length_per_key(), strict=True))
+        return KeyedTensor(
+            keys=self._keys, length_per_key=[width_of[key] for key in self._keys], values=values
+        )
 
 
 def _is_uniform(init_fn: object) -> bool:

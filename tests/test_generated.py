@@ -224,7 +224,7 @@ def test_log_that_was_not_generated_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("mine")
     with pytest.raises(
         ValueError,
-        match="holds train.txt and no generated.json, so it is not that of a generated log",
+        match=r"holds train\.txt and no generated\.json, so it is not that of a generated log",
     ):
         write_click_log(tmp_path, num_train=20, num_test=10)
     assert (tmp_path / "train.txt").read_text() == "mine"

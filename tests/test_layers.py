@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import shardemb
+
 ROOT = Path(__file__).parents[1]
 # Lowest first; a file may import from its own layer and from those before it.
 LAYERS = (
@@ -44,6 +46,7 @@ LAYERS = (
         "recipes.dlrm",
     },
     {"cli"},
+    {"__main__"},
 )
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -60,11 +63,16 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
             node.body = []
     names: set[str] = set()
+    plain: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
+            plain |= names
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    facade = {"shardemb"} | {f"shardemb.{name}" for name in shardemb.__all__}
+    if facade & names - {"shardemb"} or "shardemb" in plain:  # it stands above the library
+        assert module_of(path).startswith(("recipes.", "cli")), path
     found = {name.removeprefix("shardemb.") for name in names if name.startswith("shardemb.")}
     return {name for name in found if name in LAYER_OF}
 

@@ -44,7 +44,7 @@ def test_named_layouts_are_honoured_exactly() -> None:
         (3, 75, 25),
     ]
     assert [(s.rank, s.num_rows) for s in b.shards] == [(2, 100)]
-    assert (a.chosen_by, b.chosen_by, c.chosen_by) == ("you", "you", "planner")
+    assert (a.chosen_by, b.chosen_by, c.chosen_by) == ("named", "named", "planner")
     assert b.shards[0].weight_bytes == 100 * 8 * 4
     assert b.shards[0].optimizer_bytes == 100 * 4
 

@@ -397,3 +397,19 @@ def test_an_init_fn_that_cannot_be_drawn_by_shards_is_refused(env: Env) -> None:
     )
     with pytest.raises(ValueError, match="table 'a' is on meta and has an init_fn of its own"):
         se.shard_modules(collection, se.plan_sharding(collection, env), env)
+
+
+@spmd(world_size=2)
+def test_features_come_in_the_declared_order_under_every_layout(env: Env) -> None:
+    tables = make_tables(optim.SGD(lr=0.1))
+    plain = se.EmbeddingBagCollection(tables, seed=3, device="cpu")
+    expected = plain(se.keyed_jagged_tensor(part(global_bags(0), env), tables))
+    mixed: dict[str, Layout] = {"user": layouts.row_wise(), "item": layouts.table_wise(rank=0)}
+    for where in (mixed, mixed | {"user": layouts.table_wise(rank=1), "item": layouts.row_wise()}):
+        model, _ = sharded_model(optim.SGD(lr=0.1), env, where | {"wide": layouts.row_wise()})
+        pooled = model.module.get_submodule("collection")(
+            se.keyed_jagged_tensor(part(global_bags(0), env), tables)
+        )
+        assert pooled.keys() == expected.keys() == ["user", "item", "clicked", "tag"]
+        assert pooled.length_per_key() == [8, 8, 8, 16]
+        torch.testing.assert_close(pooled.values(), expected.values(), rtol=1e-5, atol=1e-5)

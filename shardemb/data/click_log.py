@@ -254,6 +254,11 @@ class CriteoLoader:
             step += 1
 
     @property
+    def malformed_lines(self) -> frozenset[int]:
+        """Numbers of the malformed lines that this rank has seen."""
+        return frozenset(self._malformed_lines)
+
+    @property
     def num_malformed(self) -> int:
         """Number of malformed lines that this rank has seen, each counted once."""
         return len(self._malformed_lines)

@@ -108,8 +108,8 @@ def _check_table(config: EmbeddingBagConfig, weight: nn.Parameter) -> None:
         raise ValueError(
             f"{table} has {len(classes) or 'no'} optimizer{'s' * (len(classes) > 1)}, and needs "
             "one: without it TorchRec plans a kernel that never updates the rows. Build the "
-            "collection with shardemb.EmbeddingBagCollection, or attach one to its weight before "
-            "plan_sharding with torch.distributed.optim._apply_optimizer_in_backward"
+            "collection with shardemb.EmbeddingBagCollection, or attach one to its weight with "
+            "torchrec.optim.apply_optimizer_in_backward before plan_sharding"
         )
     if classes[0] not in _CONFIG_OF:
         raise ValueError(

@@ -3,8 +3,9 @@
 import argparse
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -19,7 +20,7 @@ _MAY_DIFFER = {"out", "resume", "steps", "log_every", "checkpoint_every", "max_m
 """Fields that may change when a run goes on."""
 
 
-def read_config(cls: type[C], argv: Sequence[str] | None, env: Env) -> C:
+def read_config(cls: type[C], argv: Sequence[str] | None, env: Env, *, prog: str) -> C:
     """Reads the command line, over `--config FILE` or over the run that `--resume` goes on with.
 
     Ranks that the launcher starts again go on with the run that they began.
@@ -28,6 +29,7 @@ def read_config(cls: type[C], argv: Sequence[str] | None, env: Env) -> C:
         cls: The frozen dataclass of a recipe, flat, with fields `out` and `resume`.
         argv: Arguments; by default those of the process.
         env: This process; rank 0 prints what there is to say.
+        prog: What to call the program in its help.
 
     Returns:
         The config, the same on all ranks.
@@ -46,19 +48,25 @@ def read_config(cls: type[C], argv: Sequence[str] | None, env: Env) -> C:
         raise ValueError("--resume goes on with the run's own config; leave out --config")
     if file.config:
         default = by_main(env, "reading the config", lambda: config_from_toml(cls, file.config))
-    typed = _parse(cls, rest, default, env)
-    config: C = by_main(env, "reading the run's config", lambda: _resumed(typed, rest, env))
+    parse = partial(_parse, prog=prog, argv=rest, env=env)
+    typed = parse(default)
+    config: C = by_main(env, "reading the run's config", lambda: _resumed(typed, parse, env))
     return config
 
 
-def _parse(cls: type[C], argv: Sequence[str], default: C, env: Env) -> C:
+def _parse(default: C, *, prog: str, argv: Sequence[str], env: Env) -> C:
     config: C = tyro.cli(
-        cls, args=argv, default=default, description=cls.__doc__, console_outputs=env.is_main
+        type(default),
+        prog=prog,
+        args=argv,
+        default=default,
+        description=type(default).__doc__,
+        console_outputs=env.is_main,
     )
     return config
 
 
-def _resumed(typed: Any, argv: Sequence[str], env: Env) -> Any:
+def _resumed(typed: Any, parse: Callable[[Any], Any], env: Env) -> Any:
     """The config to go on with, if the run is resumed or its job started again; else as typed.
 
     Raises:
@@ -73,7 +81,7 @@ def _resumed(typed: Any, argv: Sequence[str], env: Env) -> Any:
             f"there is no run to resume in {folder}; leave out --resume to start one"
         )
     saved = config_from_toml(type(typed), folder / CONFIG)
-    resumed = _parse(type(typed), argv, replace(saved, out=typed.out, resume=True), env)
+    resumed = parse(replace(saved, out=typed.out, resume=True))
     for field in fields(saved):
         now, then = getattr(resumed, field.name), getattr(saved, field.name)
         if now != then and field.name not in _MAY_DIFFER:

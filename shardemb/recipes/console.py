@@ -1,21 +1,12 @@
 """What a run prints: rank 0's words, and every rank's warnings but those of libraries."""
 
-import logging
 import sys
-import warnings
 from collections.abc import Callable
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from shardemb.env import Env, leave_at_once
-
-
-def quiet_libraries() -> None:
-    """Hides deprecation notices of torch and TorchRec, which a user of shardemb cannot act on."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|torchrec)\.")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|torchrec)\.")
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+from shardemb.errors import OtherRankError
 
 
 def refuse(error: Exception) -> int:
@@ -28,11 +19,13 @@ def refuse(error: Exception) -> int:
         The exit status.
     """
     print(f"error: {error}", file=sys.stderr, flush=True)
+    leave_at_once(1)
+    if isinstance(error, OtherRankError):
+        return 1
     try:
         raise error.with_traceback(None)  # torchrun shows the traceback that is being handled
     except type(error):
         get_error_handler().record_exception(error)
-    leave_at_once(1)
     return 1
 
 

@@ -4,6 +4,7 @@ torchx run -s local_cwd shardemb.train -j 1x2 -- --data FOLDER --out runs/dlrm
 """
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from shardemb.layouts import Layout
 from shardemb.metrics import click_metrics
 from shardemb.models.dlrm import DLRM, ClickModel
 from shardemb.recipes.config_file import config_to_toml, read_config
-from shardemb.recipes.console import quiet_libraries, refuse, say_on_main
+from shardemb.recipes.console import refuse, say_on_main
 from shardemb.recipes.progress import Progress
 from shardemb.recipes.run_folder import CONFIG, DATA, PLAN, RESULT, RunFolder, open_run
 
@@ -146,12 +147,6 @@ def train(config: Config, env: Env) -> None:
     plan = se.plan_sharding(model, env, build_layouts(config))
     say(f"\n{plan}\n")
 
-    def write_down() -> None:
-        folder.keep(DATA, split.describe())
-        folder.write(CONFIG, config_to_toml(replace(config, resume=False)))
-        folder.write(PLAN, plan.to_json())
-
-    by_main(env, f"writing to {folder.path}", write_down)
     model = se.shard_modules(model, plan, env)
     optimizer = se.build_optimizer(model, dense=lambda p: torch.optim.AdamW(p, lr=config.dense_lr))
 
@@ -161,7 +156,14 @@ def train(config: Config, env: Env) -> None:
     if checkpoint is not None:
         first_step = se.load_checkpoint(checkpoint, model, optimizer, env=env)
         say(f"going on from {checkpoint}, after step {first_step:,} of {num_steps:,}")
-    by_main(env, f"writing to {folder.path}", lambda: folder.forget_after(first_step))
+
+    def write_down() -> None:
+        folder.keep(DATA, split.describe())
+        folder.write(CONFIG, config_to_toml(replace(config, resume=False)))
+        folder.write(PLAN, plan.to_json())
+        folder.forget_after(first_step)
+
+    by_main(env, f"writing to {folder.path}", write_down)
 
     # Train
     loader = make_loader(split.train, start_step=first_step)
@@ -188,7 +190,9 @@ def train(config: Config, env: Env) -> None:
         "samples_per_second": round(progress.samples_per_second or folder.last_speed),
         "world_size": env.world_size,
         "steps": max(num_steps, first_step),
-        "malformed_lines": sum_over_ranks(loader.num_malformed + held_out.num_malformed),
+        "malformed_lines": sum(
+            len(union_over_ranks(read.malformed_lines, env)) for read in (loader, held_out)
+        ),
         "checkpoint": str(checkpoint),
     }
     if best_auc is not None:
@@ -264,11 +268,11 @@ def evaluate(pipeline: se.TrainPipeline, loader: CriteoLoader, env: Env) -> dict
     return click_metrics(logits_N, labels_N, weights_N)
 
 
-def sum_over_ranks(number: int) -> int:
-    """The sum of a number that each rank has."""
-    numbers = torch.tensor(number)
-    dist.all_reduce(numbers)
-    return int(numbers)
+def union_over_ranks(lines: frozenset[int], env: Env) -> frozenset[int]:
+    """The lines of all ranks: in another pass another rank may read a line."""
+    of_ranks = [lines] * env.world_size
+    dist.all_gather_object(of_ranks, lines)
+    return frozenset().union(*of_ranks)
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -284,19 +288,26 @@ def describe(result: dict[str, Any]) -> str:
             f"the best that this log allows: AUC {result['best_auc']:.4f}; reached {way:.1%} of "
             "the way from 0.5"
         )
-    lines.append(
-        f"trained {result['samples_per_second']:,} samples/s on {result['world_size']} ranks"
-    )
+    ranks = f"{result['world_size']} rank{'s' * (result['world_size'] > 1)}"
+    lines.append(f"trained {result['samples_per_second']:,} samples/s on {ranks}")
     lines.append(f"checkpoint: {result['checkpoint']}")
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the recipe; the exit status of the process."""
-    quiet_libraries()
+def main(argv: Sequence[str] | None = None, *, prog: str = "shardemb.recipes.dlrm") -> int:
+    """Runs the recipe.
+
+    Args:
+        argv: Arguments; by default those of the process.
+        prog: What to call the program in its help.
+
+    Returns:
+        The exit status of the process.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s", force=True)
     env = se.init_distributed()
     try:
-        train(read_config(Config, argv, env), env)
+        train(read_config(Config, argv, env, prog=prog), env)
     except (ValueError, OSError, RunError) as error:
         refused = error
     else:
