@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec.distributed.model_parallel import get_unwrapped_module
 
 import shardemb as se
 from shardemb import init, layouts, optim
@@ -407,9 +408,8 @@ def test_features_come_in_the_declared_order_under_every_layout(env: Env) -> Non
     mixed: dict[str, Layout] = {"user": layouts.row_wise(), "item": layouts.table_wise(rank=0)}
     for where in (mixed, mixed | {"user": layouts.table_wise(rank=1), "item": layouts.row_wise()}):
         model, _ = sharded_model(optim.SGD(lr=0.1), env, where | {"wide": layouts.row_wise()})
-        pooled = model.module.get_submodule("collection")(
-            se.keyed_jagged_tensor(part(global_bags(0), env), tables)
-        )
+        sharded: nn.Module = get_unwrapped_module(model).get_submodule("collection")
+        pooled = sharded(se.keyed_jagged_tensor(part(global_bags(0), env), tables))
         assert pooled.keys() == expected.keys() == ["user", "item", "clicked", "tag"]
         assert pooled.length_per_key() == [8, 8, 8, 16]
         torch.testing.assert_close(pooled.values(), expected.values(), rtol=1e-5, atol=1e-5)
