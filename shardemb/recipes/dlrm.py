@@ -135,18 +135,18 @@ def train(config: Config, env: Env) -> None:
         CriteoLoader,
         env=env,
         batch_size=batch_size,
-        num_embeddings_F=[config.num_embeddings] * 26,
+        num_embeddings_F=[config.num_embeddings] * len(CATEGORY_NAMES),
         max_malformed=config.max_malformed,
     )
     say(
         f"{split.train} to train on, {split.held_out} held out; {num_steps:,} steps of "
         f"{batch_size:,} samples ({num_steps / one_pass:.1f} passes)"
     )
+
     # Model, plan, shards, optimizer
     model = build_model(config)
     plan = se.plan_sharding(model, env, build_layouts(config))
     say(f"\n{plan}\n")
-
     model = se.shard_modules(model, plan, env)
     optimizer = se.build_optimizer(model, dense=lambda p: torch.optim.AdamW(p, lr=config.dense_lr))
 
