@@ -147,7 +147,7 @@ def train(config: Config, env: Env) -> None:
     model = build_model(config)
     plan = se.plan_sharding(model, env, build_layouts(config))
     say(f"\n{plan}\n")
-    model = se.shard_modules(model, plan, env)
+    model = se.shard_modules(model, plan, env, declared_order=False)  # DLRM reads by name
     optimizer = se.build_optimizer(model, dense=lambda p: torch.optim.AdamW(p, lr=config.dense_lr))
 
     # Resume
