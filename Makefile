@@ -25,7 +25,8 @@ refuse_other = [ ! -e $(VENV)/installed-$(1) ] || { echo "$(VENV) is installed f
 install: $(VENV)/installed-$(DEVICE)
 
 train: install
-	torchx --log_level WARNING run -s local_cwd shardemb.train -j "1x$(NPROC)" --recipe "$(RECIPE)" -- --out "$(OUT)" $(DATA_AND_STEPS) $(ARGS)
+	torchx --log_level WARNING run -s local_cwd shardemb.train -j "1x$(NPROC)" --recipe "$(RECIPE)" -- --out "$(OUT)" $(DATA_AND_STEPS) $(ARGS) \
+	  || { echo "make train failed: the line above that begins with error: says why" >&2; exit 1; }
 
 test: $(VENV)/installed-dev
 	python -m pytest

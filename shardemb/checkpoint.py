@@ -75,7 +75,9 @@ def save_checkpoint(
                 "world_size": env.world_size,
                 "settings": settings,
             }
-            (partial / _HEADER).write_text(json.dumps(header))
+            with open(partial / _HEADER, "w", encoding="utf-8") as file:
+                file.write(json.dumps(header))
+                os.fsync(file)
     try:
         dcp.save(state, storage_writer=FileSystemWriter(partial))
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
@@ -280,8 +282,8 @@ def _check_nothing_unread(
     unread = fused.difference(*wanted)
     if unread:
         raise ValueError(
-            f"checkpoint {path} has {min(unread)!r}, for which the model's optimizer has no place; "
-            "load it into the optimizer it was saved from"
+            f"checkpoint {path} has {min(unread)!r}, for which the model's optimizer has no "
+            "place; load it into the optimizer it was saved from"
         )
 
 

@@ -57,14 +57,12 @@ class TableConfig:
         if self.num_embeddings > MAX_NUM_EMBEDDINGS:
             raise ValueError(
                 f"{table}: num_embeddings must be at most {MAX_NUM_EMBEDDINGS}, got "
-                f"{self.num_embeddings}; "
-                "hash the ids into fewer rows"
+                f"{self.num_embeddings}; hash the ids into fewer rows"
             )
         if self.embedding_dim % 4:
             raise ValueError(
                 f"{table}: embedding_dim must be a positive multiple of 4, got "
-                f"{self.embedding_dim}; "
-                f"use {self.embedding_dim + -self.embedding_dim % 4}"
+                f"{self.embedding_dim}; use {self.embedding_dim + -self.embedding_dim % 4}"
             )
         self._check_features(table)
         if self.pooling not in {"sum", "mean"}:
@@ -72,8 +70,7 @@ class TableConfig:
         if not isinstance(self.optimizer, SparseOptimizer):
             raise ValueError(
                 f"{table}: optimizer must be one of shardemb.optim, such as "
-                "optim.RowWiseAdagrad(lr=0.01), "
-                f"got {self.optimizer!r}"
+                f"optim.RowWiseAdagrad(lr=0.01), got {self.optimizer!r}"
             )
         if self.init is not None and not isinstance(self.init, Init):
             raise ValueError(
@@ -85,8 +82,7 @@ class TableConfig:
         if isinstance(self.feature_names, str):
             raise ValueError(
                 f"{table}: feature_names must be a tuple of names, got the string "
-                f"{self.feature_names!r}; "
-                f"use ({self.feature_names!r},)"
+                f"{self.feature_names!r}; use ({self.feature_names!r},)"
             )
         if isinstance(self.feature_names, Iterable):
             object.__setattr__(self, "feature_names", tuple(self.feature_names))

@@ -43,9 +43,9 @@ class Env:
     def __post_init__(self) -> None:
         if self.world_size < 1 or self.num_nodes < 1 or self.world_size % self.num_nodes:
             raise ValueError(
-                f"world_size must be a positive multiple of num_nodes, got world_size="
-                f"{self.world_size} and num_nodes={self.num_nodes}; give every node the same "
-                "number of ranks"
+                "world_size must be a positive multiple of num_nodes, got "
+                f"world_size={self.world_size} and num_nodes={self.num_nodes}; give every node "
+                "the same number of ranks"
             )
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must be in 0..{self.world_size - 1}, got {self.rank}")
@@ -114,8 +114,8 @@ def _launched_as() -> tuple[int, int, int, int]:
     missing = [name for name in _SET_BY_LAUNCHER if name not in os.environ]
     if missing:
         raise RunError(
-            f"the environment has {', '.join(given)} but not {', '.join(missing)}; "
-            "start with torchrun or torchx, which set all four, or unset them to run on one rank"
+            f"the environment has {', '.join(given)} but not {', '.join(missing)}; start with "
+            "torchrun or torchx, which set all four, or unset them to run on one rank"
         )
     rank, local_rank, world_size, local_world_size = map(_integer, _SET_BY_LAUNCHER)
     if local_world_size < 1 or world_size % local_world_size:
@@ -140,8 +140,8 @@ def _device(asked: str | None, local_rank: int) -> torch.device:
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_rank >= num_devices:
         raise RunError(
-            f"local rank {local_rank} needs CUDA device {local_rank}, this node has {num_devices}; "
-            "start fewer ranks on a node, or use device='cpu'"
+            f"local rank {local_rank} needs CUDA device {local_rank}, this node has "
+            f"{num_devices}; start fewer ranks on a node, or use device='cpu'"
         )
     return torch.device("cuda", local_rank)
 

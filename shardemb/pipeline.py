@@ -199,8 +199,8 @@ class _NextBatch:
         if ended:
             raise RunError(
                 f"the loaders of {ended:.0f} of {world_size} ranks ended before step {step}, that "
-                f"of rank {self._env.rank} {'ended' if self._mine[_ENDED] else 'goes on'}; "
-                "give every rank the same number of batches"
+                f"of rank {self._env.rank} {'ended' if self._mine[_ENDED] else 'goes on'}; give "
+                "every rank the same number of batches"
             )
         if size_squared * world_size != size**2:
             raise RunError(

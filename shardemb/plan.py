@@ -65,9 +65,9 @@ def plan_sharding(
     for table in named.keys() & not_row_wise:
         if isinstance(named[table], RowWise):
             raise ValueError(
-                f"table {table!r} has mean pooling and cannot be row_wise in a collection in which "
-                f"two tables look up feature {not_row_wise[table]!r}: TorchRec computes that "
-                "wrongly; use table_wise(), or two collections"
+                f"table {table!r} has mean pooling and cannot be row_wise in a collection in "
+                f"which two tables look up feature {not_row_wise[table]!r}: TorchRec computes "
+                "that wrongly; use table_wise(), or two collections"
             )
     too_small = {
         name
@@ -118,8 +118,8 @@ def _check_layouts(
         rows = num_embeddings[name]
         if isinstance(layout, RowWise) and row_wise_leaves_a_rank_empty(rows, env.world_size):
             raise ValueError(
-                f"table {name!r}: row_wise over {env.world_size} ranks leaves a rank without rows, "
-                f"the table has {rows}; use table_wise()"
+                f"table {name!r}: row_wise over {env.world_size} ranks leaves a rank without "
+                f"rows, the table has {rows}; use table_wise()"
             )
 
 

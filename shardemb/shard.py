@@ -138,8 +138,8 @@ def _checked(
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is not None:
         raise RunError(
-            f"rank {other} has another plan, other tables or another seed than rank 0; declare and "
-            "plan the same on every rank"
+            f"rank {other} has another plan, other tables or another seed than rank 0; declare "
+            "and plan the same on every rank"
         )
     return collections, origins
 
@@ -159,9 +159,8 @@ def _origins(collection: torchrec.EmbeddingBagCollection) -> dict[str, _Origin]:
         else:
             raise ValueError(
                 f"table {config.name!r} is on meta and has an init_fn of its own, which cannot be "
-                "drawn shard by shard; "
-                "build the collection on 'cpu', and its weights are carried over, or use "
-                "shardemb.init"
+                "drawn shard by shard; build the collection on 'cpu', and its weights are "
+                "carried over, or use shardemb.init"
             )
     return origins
 

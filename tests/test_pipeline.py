@@ -268,6 +268,7 @@ def test_an_error_in_one_rank_s_forward_ends_all_processes_at_once(tmp_path: Pat
     script = """
 import sys, torch, shardemb as se
 env = se.init_distributed(device="cpu")
+other = torch.distributed.new_group()  # in which rank 1 waits for rank 0, in vain
 table = se.TableConfig(name="t", num_embeddings=8, embedding_dim=4, feature_names=("t",))
 class Model(torch.nn.Module):
     def __init__(self):
@@ -276,7 +277,7 @@ class Model(torch.nn.Module):
     def forward(self, batch):
         loss = self.collection(batch).values().mean()
         if env.rank == 1:
-            torch.distributed.all_reduce(torch.zeros(1), async_op=True)  # which rank 0 never joins
+            torch.distributed.all_reduce(torch.zeros(1), group=other, async_op=True)
             raise ArithmeticError("rank 1 cannot add")
         return loss
 model = Model()

@@ -13,7 +13,10 @@ import pytest
 
 from shardemb import cli
 from shardemb.data.generated import write_click_log
+from shardemb.env import Env
+from shardemb.errors import RunError
 from shardemb.recipes.dlrm import default_batch_size
+from shardemb.recipes.run_folder import RunFolder, open_run
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared/data/criteo-small"
@@ -84,6 +87,11 @@ def test_torchx_starts_ranks_on_one_node_and_on_two_with_one_result(
         assert result(tmp_path / j)["log_loss"] == pytest.approx(
             result(tmp_path / "1")["log_loss"], abs=1e-5
         )
+    grown = tmp_path / "grown"
+    assert train("--data", str(log), "--out", str(grown), "--steps", "20").returncode == 0
+    done = torchx("1x2", "--out", str(grown), "--steps", "30", "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert result(grown)["log_loss"] == pytest.approx(result(tmp_path / "1")["log_loss"], abs=1e-5)
 
 
 @pytest.mark.distributed
@@ -190,6 +198,39 @@ def pid_of_rank(rank: int, argument: str) -> int:
         if argument in words and f"RANK={rank}" in environ:
             return int(folder.name)
     raise AssertionError(f"no process of rank {rank} with {argument}")
+
+
+def test_two_runs_in_one_folder_are_refused_and_an_interrupted_start_is_not(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    open_run(folder, "steps = 1\n", Env(), resume=False)
+    with pytest.raises(RunError, match=r"another run writes to .*run; wait for it, or end its"):
+        open_run(RunFolder(folder.path), "steps = 2\n", Env(), resume=False)
+    assert (folder.path / "config.toml").read_text() == "steps = 1\n"
+    del folder  # as its process would: the run was interrupted before its first step
+    again = RunFolder(tmp_path / "run")
+    open_run(again, "steps = 3\n", Env(run_id="job-1"), resume=False)
+    assert again.is_of("job-1")
+    assert not again.is_of("job-2")
+    assert not again.is_of(None)
+    again.log({"step": 1, "samples_per_second": 5.0})
+    with pytest.raises(FileExistsError, match=r"holds a run already \(no checkpoint yet\)"):
+        open_run(again, "steps = 3\n", Env(), resume=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match="other exists and is not a run; give --out a new"):
+        open_run(RunFolder(tmp_path / "other"), "", Env(), resume=False)
+
+
+def test_a_run_keeps_its_data(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.keep("data.json", "one")
+    folder.keep("data.json", "two")  # nothing was trained on the first
+    folder.checkpoint_path(5).mkdir(parents=True)
+    header = {"format": 1, "step": 5, "settings": {}}
+    (folder.checkpoint_path(5) / "shardemb.json").write_text(json.dumps(header))
+    folder.keep("data.json", "two")
+    with pytest.raises(ValueError, match=r"began with other data than now, as .*data\.json tells"):
+        folder.keep("data.json", "three")
 
 
 @pytest.mark.distributed

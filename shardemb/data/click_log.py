@@ -107,8 +107,8 @@ def find_criteo(path: Path) -> CriteoFiles:
     days = [file for file in files if file.name.startswith("day_") and file not in texts]
     if not texts and not days:
         raise ValueError(
-            f"data folder '{path}' has neither train.txt nor any *.txt, *.tsv or day_* file; "
-            f"give a folder of Criteo's files, whose lines hold {FORMAT}"
+            f"data folder '{path}' has neither train.txt nor any *.txt, *.tsv or day_* file; give "
+            f"a folder of Criteo's files, whose lines hold {FORMAT}"
         )
     return CriteoFiles(train=tuple(sorted(texts + days, key=_natural_order)))
 
@@ -222,13 +222,13 @@ class CriteoLoader:
     ) -> None:
         if batch_size < 1 or batch_size % env.world_size:
             raise ValueError(
-                f"batch_size must be a positive multiple of the number of ranks, {env.world_size}, "
-                f"got {batch_size}"
+                "batch_size must be a positive multiple of the number of ranks, "
+                f"{env.world_size}, got {batch_size}"
             )
         if start_step < 0 or max_malformed < 0 or (num_steps is not None and num_steps < 0):
             raise ValueError(
-                "start_step, num_steps and max_malformed must not be negative, got "
-                f"{start_step}, {num_steps} and {max_malformed}"
+                f"start_step, num_steps and max_malformed must not be negative, got {start_step}, "
+                f"{num_steps} and {max_malformed}"
             )
         if not lines.num_lines:
             raise ValueError("lines is an empty range; give at least one line")

@@ -92,8 +92,8 @@ def write_click_log(folder: Path, *, num_train: int, num_test: int, seed: int = 
     foreign = [file for file in folder.iterdir() if file not in partials]
     if foreign and not facts.exists() and not _partial(facts).exists():
         raise ValueError(
-            f"folder '{folder}' holds {foreign[0].name} and no generated.json, so it is not "
-            "that of a generated log; give a new or empty folder"
+            f"folder '{folder}' holds {foreign[0].name} and no generated.json, so it is not that "
+            "of a generated log; give a new or empty folder"
         )
     model = _PlantedModel(seed)
     _write(_partial(train), model.chunks(num_train, part=0))
@@ -132,8 +132,8 @@ def read_generated(folder: Path) -> GeneratedLog:
         about = json.loads(file.read_text())
     except OSError as error:
         raise ValueError(
-            f"folder '{folder}' holds no generated log: {file.name}: {error.strerror}; "
-            "write one with write_click_log"
+            f"folder '{folder}' holds no generated log: {file.name}: {error.strerror}; write one "
+            "with write_click_log"
         ) from error
     keys = ("num_train", "num_test", "seed", "best_auc")
     if about.get("version") != _VERSION or not set(keys) <= set(about):

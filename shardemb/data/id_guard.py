@@ -113,8 +113,8 @@ class IdGuard:
         missing = [feature for feature in self._limits if feature not in keys]
         if missing:
             raise ValueError(
-                f"feature {missing[0]!r} of table {self._limits[missing[0]].table!r} is not in the "
-                f"batch, which has {list(keys)}"
+                f"feature {missing[0]!r} of table {self._limits[missing[0]].table!r} is not in "
+                f"the batch, which has {list(keys)}"
             )
 
     def _check_each_feature(self, batch: KeyedJaggedTensor) -> None:
@@ -197,8 +197,8 @@ class GuardedForward:
             return
         if self.lookups_left == 0:
             raise ValueError(
-                f"the collection of features {self._keys} is looked up twice in one step, and each "
-                "lookup would update its rows by itself; look all features up in one batch"
+                f"the collection of features {self._keys} is looked up twice in one step, and "
+                "each lookup would update its rows by itself; look all features up in one batch"
             )
         self.lookups_left -= 1
 

@@ -44,9 +44,8 @@ def build_optimizer(
         if dense is None:
             raise ValueError(
                 f"the model has {len(parameters)} dense parameters, such as "
-                f"{next(iter(parameters))!r}; "
-                "give build_optimizer(model, dense=lambda parameters: "
-                "torch.optim.AdamW(parameters))"
+                f"{next(iter(parameters))!r}; give build_optimizer(model, dense=lambda "
+                "parameters: torch.optim.AdamW(parameters))"
             )
         optimizers.append((DENSE, KeyedOptimizerWrapper(parameters, dense)))
     return CombinedOptimizer(optimizers)

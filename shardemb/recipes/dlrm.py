@@ -278,9 +278,8 @@ def union_over_ranks(lines: frozenset[int], env: Env) -> frozenset[int]:
 def describe(result: dict[str, Any]) -> str:
     """What a run reached, for people."""
     lines = [
-        f"held out: AUC {result['auc']:.4f}  log loss {result['log_loss']:.4f}  "
-        f"normalized entropy {result['normalized_entropy']:.4f}  ({result['num_samples']:,} "
-        "samples)"
+        f"held out: AUC {result['auc']:.4f}  log loss {result['log_loss']:.4f}  normalized "
+        f"entropy {result['normalized_entropy']:.4f}  ({result['num_samples']:,} samples)"
     ]
     if "best_auc" in result:
         way = (result["auc"] - 0.5) / (result["best_auc"] - 0.5)

@@ -79,8 +79,8 @@ class RunFolder:
             self.write(name, text)
         elif path.read_text() != text:
             raise ValueError(
-                f"the run in {self.path} began with other data than now, as {path} tells; "
-                "start another run with --out"
+                f"the run in {self.path} began with other data than now, as {path} tells; start "
+                "another run with --out"
             )
 
     @property
@@ -135,8 +135,8 @@ def open_run(folder: RunFolder, config: str, env: Env, *, resume: bool) -> None:
             folder.path.mkdir(parents=True, exist_ok=True)
         folder.lock()
         if not resume:
-            folder.write(_RUN_ID, env.run_id or "")
             folder.write(CONFIG, config)
+            folder.write(_RUN_ID, env.run_id or "")
 
     by_main(env, f"opening the run folder {folder.path}", open_on_main)
     with all_or_none(env, f"looking at the run folder {folder.path}"):
@@ -157,12 +157,13 @@ def _check_unused(folder: RunFolder) -> None:
     if (path / PROGRESS).exists() or last is not None:
         state = f"last checkpoint after step {int(last.name)}" if last else "no checkpoint yet"
         raise FileExistsError(
-            f"{path} holds a run already ({state}). To go on with it add --resume "
-            "(make train ARGS=--resume); to keep it and start another give --out FOLDER "
-            "(make train OUT=FOLDER)"
+            f"{path} holds a run already ({state}). To go on with it add --resume (make train "
+            "ARGS=--resume); to keep it and start another give --out FOLDER (make train "
+            "OUT=FOLDER)"
         )
     is_run = (path / CONFIG).is_file()
-    if path.exists() and not is_run and (not path.is_dir() or any(path.iterdir())):
+    is_empty = path.is_dir() and {file.name for file in path.iterdir()} <= {_LOCK}
+    if path.exists() and not is_run and not is_empty:
         raise FileExistsError(f"{path} exists and is not a run; give --out a new or empty folder")
 
 
