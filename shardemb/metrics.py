@@ -25,7 +25,7 @@ def click_metrics(
         ADKDD 2014, equation 3; NaN likewise), `click_rate` and `num_samples`.
 
     Raises:
-        ValueError: No sample counts.
+        ValueError: No sample counts, or a prediction is not finite.
 
     Example:
         >>> click_metrics(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0]), torch.ones(2))["auc"]
@@ -35,6 +35,8 @@ def click_metrics(
     logits_N, labels_N = logits_N[counts].double(), labels_N[counts].double()
     if len(labels_N) == 0:
         raise ValueError("there are no samples to evaluate on")
+    if not torch.isfinite(logits_N).all():
+        raise ValueError("predictions are not finite; lower the learning rates")
     rate = float(labels_N.mean())
     log_loss = float(functional.binary_cross_entropy_with_logits(logits_N, labels_N))
     mixed = 0.0 < rate < 1.0

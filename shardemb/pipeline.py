@@ -14,7 +14,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from shardemb.agree import raise_on_all_ranks
-from shardemb.data.id_guard import GuardedForward, guards_of, one_step
+from shardemb.data.id_guard import CheckedBatch, GuardedForward, guards_of, one_step
 from shardemb.env import Env
 from shardemb.errors import RunError
 
@@ -133,15 +133,17 @@ class _NextBatch:
         self._batch: Any = None
         self._mine = [0.0] * 5
         self._sent: dist.Work | None = None
-        self.checked: list[tuple[GuardedForward, torch.Tensor]] = []
+        self.checked: list[tuple[GuardedForward, CheckedBatch]] = []
         try:
             self._batch = next(batches)
             size = batch_size_of(self._batch)
+            if size == 0:
+                raise ValueError("a batch must have at least one sample, got none")
             self._mine[_SIZE], self._mine[_SIZE_SQUARED] = size, size**2
             who = [_check(guards, features) for features in _features(self._batch)]
             self._batch = _to_device(self._batch, env.device)
             for checked_by, features in zip(who, _features(self._batch), strict=True):
-                self.checked += [(guard, features.values()) for guard in checked_by]
+                self.checked += [(guard, CheckedBatch(features)) for guard in checked_by]
         except StopIteration:
             self._mine[_ENDED] = 1
         except Exception as error:  # noqa: BLE001 - raised by `agreed`, on every rank

@@ -8,7 +8,7 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 import shardemb as se
-from shardemb.data.id_guard import FeatureLimit, IdGuard
+from shardemb.data.id_guard import CheckedBatch, FeatureLimit, IdGuard
 
 TABLES = [
     se.TableConfig(name="user", num_embeddings=10, embedding_dim=4, feature_names=("user_id",)),
@@ -50,6 +50,27 @@ def test_weights_that_no_table_would_use_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="the batch has weights, and the tables do not use them"):
         guard.check(batch)
+
+
+def test_a_feature_that_is_there_twice_is_refused() -> None:
+    guard = IdGuard([FeatureLimit(feature="x", table="t", num_embeddings=5)])
+    ids = torch.tensor([1, 2])
+    batch = KeyedJaggedTensor(keys=["x", "x"], values=ids, lengths=torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match=r"has a feature twice: \['x', 'x'\]"):
+        guard.check(batch)
+
+
+def test_a_checked_batch_is_known_again_only_as_it_was() -> None:
+    ids, lengths = torch.tensor([1, 2]), torch.tensor([1, 1])
+    batch = KeyedJaggedTensor(keys=["x", "y"], values=ids, lengths=lengths)
+    checked = CheckedBatch(batch)
+    assert checked.is_in(batch)
+    assert checked.is_in(KeyedJaggedTensor(keys=["x", "y"], values=ids, lengths=lengths))
+    assert not checked.is_in(KeyedJaggedTensor(keys=["y", "x"], values=ids, lengths=lengths))
+    other = torch.tensor([0, 2])
+    assert not checked.is_in(KeyedJaggedTensor(keys=["x", "y"], values=ids, lengths=other))
+    ids.mul_(100)
+    assert not checked.is_in(batch)
 
 
 def test_padding_is_what_it_is_said_to_be() -> None:

@@ -40,3 +40,5 @@ def test_labels_of_one_kind_have_no_auc() -> None:
     assert math.isnan(metrics["normalized_entropy"])
     with pytest.raises(ValueError, match="no samples to evaluate on"):
         click_metrics(torch.zeros(4), torch.ones(4), torch.zeros(4))
+    with pytest.raises(ValueError, match="predictions are not finite; lower the learning rates"):
+        click_metrics(torch.tensor([0.0, math.nan]), torch.ones(2), torch.ones(2))

@@ -48,7 +48,9 @@ def small_pipeline(env: Env) -> tuple[nn.Module, se.TrainPipeline]:
 
 def unguarded(ids: list[int]) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(
-        keys=["t"], values=torch.tensor(ids), lengths=torch.ones(len(ids), dtype=torch.int64)
+        keys=["t"],
+        values=torch.tensor(ids, dtype=torch.int64),
+        lengths=torch.ones(len(ids), dtype=torch.int64),
     )
 
 
@@ -150,6 +152,8 @@ def test_loaders_that_differ_in_length_or_size_are_refused(env: Env) -> None:
     assert [next(steps)[0], next(steps)[0]] == [1, 2]
     with pytest.raises(RuntimeError, match="loaders of 1 of 2 ranks ended before step 3, that of"):
         next(steps)
+    with pytest.raises(ValueError, match="a batch must have at least one sample, got none"):
+        list(pipeline.run([unguarded([])], 9))
     uneven = [unguarded([1, 2]), unguarded([1, 2, 3][: 2 + env.rank])]
     with pytest.raises(RuntimeError, match="batches of step 2 differ in size, that of rank"):
         list(pipeline.run(uneven, 9))

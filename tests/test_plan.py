@@ -153,6 +153,14 @@ def attach(model: nn.Module, optimizer: type[torch.optim.Optimizer], **options: 
             ),
             "table 'a' has 2 optimizers, and needs one",
         ),
+        (
+            lambda: attach(torchrec_collection(), torch.optim.SGD),
+            "table 'a': optimizer SGD was not given lr, and FBGEMM's default is not torch's",
+        ),
+        (
+            lambda: attach(torchrec_collection(), torch.optim.Adagrad, lr=0.1),
+            "table 'a': optimizer Adagrad was not given eps, and FBGEMM's default is not torch's",
+        ),
         (lambda: torchrec_collection(is_weighted=True), "collection '' is weighted, which is not"),
         (
             lambda: torchrec_collection(data_type=DataType.FP16),

@@ -77,11 +77,7 @@ class IdGuard:
                 [N], a length is negative, the lengths do not add up to the number of ids, or an id
                 is out of its table.
         """
-        self.check_keys(batch)
-        if batch.weights_or_none() is not None:
-            raise ValueError(
-                "the batch has weights, and the tables do not use them; leave them out"
-            )
+        self.check_features(batch)
         ids_N, lengths = batch.values(), batch.lengths()
         if ids_N.dtype not in _ID_DTYPES or ids_N.dim() != 1:
             raise ValueError(
@@ -100,21 +96,27 @@ class IdGuard:
         if int(low) < 0 or int(high) >= self._smallest:
             self._check_each_feature(batch)
 
-    def check_keys(self, batch: KeyedJaggedTensor) -> None:
-        """Raises unless the batch has every feature.
+    def check_features(self, batch: KeyedJaggedTensor) -> None:
+        """Raises unless the batch has every feature, once, and no weights. Looks at no ids.
 
         Args:
             batch: The batch.
 
         Raises:
-            ValueError: A feature is missing.
+            ValueError: A feature is missing or there twice, or there are weights.
         """
-        keys = batch.keys()
+        keys = list(batch.keys())
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"the batch has a feature twice: {keys}")
+        if batch.weights_or_none() is not None:
+            raise ValueError(
+                "the batch has weights, and the tables do not use them; leave them out"
+            )
         missing = [feature for feature in self._limits if feature not in keys]
         if missing:
             raise ValueError(
                 f"feature {missing[0]!r} of table {self._limits[missing[0]].table!r} is not in "
-                f"the batch, which has {list(keys)}"
+                f"the batch, which has {keys}"
             )
 
     def _check_each_feature(self, batch: KeyedJaggedTensor) -> None:
@@ -139,6 +141,29 @@ def _refuse(limit: FeatureLimit, ids: torch.Tensor, lengths: torch.Tensor) -> No
     )
 
 
+class CheckedBatch:
+    """What makes a checked batch known again: the same ids, unchanged, in the same bags.
+
+    Args:
+        batch: The batch, on the device.
+    """
+
+    def __init__(self, batch: KeyedJaggedTensor) -> None:
+        self._keys = list(batch.keys())
+        self._ids, self._lengths = batch.values(), batch.lengths()
+        self._versions = self._ids._version, self._lengths._version
+
+    def is_in(self, batch: KeyedJaggedTensor) -> bool:
+        """Whether a batch has these ids in these bags."""
+        ids, lengths = batch.values(), batch.lengths()
+        return (
+            ids is self._ids
+            and lengths is self._lengths
+            and (ids._version, lengths._version) == self._versions
+            and list(batch.keys()) == self._keys
+        )
+
+
 class GuardedForward:
     """A forward pre-hook of a sharded collection: checks its batch and puts its keys in order.
 
@@ -152,8 +177,8 @@ class GuardedForward:
 
     def __init__(self, limits: Sequence[FeatureLimit], *, check_ids: bool) -> None:
         self.guard = IdGuard(limits)
-        self.checked: list[torch.Tensor] = []
-        """The ids, by identity, of batches that need no further check."""
+        self.checked: list[CheckedBatch] = []
+        """Batches that need no further check."""
         self.lookups_left: int | None = None
         """Lookups until the next update, each of which would be an update of its own."""
         self._check_ids = check_ids
@@ -180,8 +205,8 @@ class GuardedForward:
             return None
         self._count()
         batch = args[0]
-        self.guard.check_keys(batch)
-        if self._check_ids and not any(batch.values() is ids for ids in self.checked):
+        self.guard.check_features(batch)
+        if self._check_ids and not any(checked.is_in(batch) for checked in self.checked):
             self.guard.check(batch)
         keys = list(batch.keys())
         if keys != self._keys:
@@ -211,19 +236,19 @@ def guards_of(model: nn.Module) -> list[GuardedForward]:
 
 @contextmanager
 def one_step(
-    guards: Sequence[GuardedForward], checked: Sequence[tuple[GuardedForward, torch.Tensor]]
+    guards: Sequence[GuardedForward], checked: Sequence[tuple[GuardedForward, CheckedBatch]]
 ) -> Iterator[None]:
-    """Runs a forward with one lookup a collection, which passes ids that were checked already.
+    """Runs a forward with one lookup a collection, which passes batches that were checked already.
 
     Args:
         guards: All guards of the model.
-        checked: Guards, and the ids that each has checked.
+        checked: Guards, and the batches that each has checked.
 
     Yields:
         Nothing.
     """
-    for guarded, ids in checked:
-        guarded.checked.append(ids)
+    for guarded, batch in checked:
+        guarded.checked.append(batch)
     for guarded in guards:
         guarded.lookups_left = 1
     try:

@@ -116,7 +116,14 @@ def _check_table(config: EmbeddingBagConfig, weight: nn.Parameter) -> None:
             f"{table}: optimizer {classes[0].__name__} is not supported yet; use SGD, Adagrad or "
             "RowWiseAdagrad of shardemb.optim"
         )
-    ignored = sorted(set(weight._optimizer_kwargs[0]) - _HONOURED)  # type: ignore[attr-defined]
+    given = weight._optimizer_kwargs[0]  # type: ignore[attr-defined]
+    needed = {"lr", "eps"} if classes[0] is torch.optim.Adagrad else {"lr"}
+    if not needed <= set(given):
+        raise ValueError(
+            f"{table}: optimizer {classes[0].__name__} was not given {min(needed - set(given))}, "
+            "and FBGEMM's default is not torch's; give it"
+        )
+    ignored = sorted(set(given) - _HONOURED)
     if ignored:
         raise ValueError(
             f"{table}: optimizer {classes[0].__name__} was given {ignored[0]}, which FBGEMM's "

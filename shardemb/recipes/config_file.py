@@ -117,7 +117,7 @@ def config_from_toml(cls: type[C], path: Path) -> C:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from error
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - known)
@@ -139,8 +139,8 @@ def _of_kind(value: Any, kind: Any, name: str) -> Any:
     """
     kinds = [one for one in get_args(kind) or (kind,) if one not in {type(None), Ellipsis}]
     if get_origin(kind) is tuple:
-        if isinstance(value, list):
-            return tuple(_of_kind(item, kinds[0], name) for item in value)
+        if isinstance(value, list) and all(type(item) is kinds[0] for item in value):
+            return tuple(value)
     elif type(value) is kinds[0]:
         return value
     elif type(value) is int and kinds[0] is float:
