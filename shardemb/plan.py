@@ -56,19 +56,12 @@ def plan_sharding(
         for name, bag in collection.embedding_bags.items()
     }
     num_embeddings = {name: weight.shape[0] for name, weight in weights.items()}
-    _check_layouts(named, num_embeddings, env)
     not_row_wise = {
         table: feature
         for collection in collections.values()
         for table, feature in tables_not_row_wise(collection).items()
     }
-    for table in named.keys() & not_row_wise:
-        if isinstance(named[table], RowWise):
-            raise ValueError(
-                f"table {table!r} has mean pooling and cannot be row_wise in a collection in "
-                f"which two tables look up feature {not_row_wise[table]!r}: TorchRec computes "
-                "that wrongly; use table_wise(), or two collections"
-            )
+    _check_layouts(named, num_embeddings, not_row_wise, env)
     too_small = {
         name
         for name, rows in num_embeddings.items()
@@ -98,7 +91,10 @@ def plan_sharding(
 
 
 def _check_layouts(
-    layouts: Mapping[str, Layout], num_embeddings: Mapping[str, int], env: Env
+    layouts: Mapping[str, Layout],
+    num_embeddings: Mapping[str, int],
+    not_row_wise: Mapping[str, str],
+    env: Env,
 ) -> None:
     for name, layout in layouts.items():
         if name not in num_embeddings:
@@ -120,6 +116,12 @@ def _check_layouts(
             raise ValueError(
                 f"table {name!r}: row_wise over {env.world_size} ranks leaves a rank without "
                 f"rows, the table has {rows}; use table_wise()"
+            )
+        if isinstance(layout, RowWise) and name in not_row_wise:
+            raise ValueError(
+                f"table {name!r} has mean pooling and cannot be row_wise in a collection in which "
+                f"two tables look up feature {not_row_wise[name]!r}: TorchRec computes that "
+                "wrongly; use table_wise(), or two collections"
             )
 
 
