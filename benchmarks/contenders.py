@@ -25,7 +25,7 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 import shardemb as se
 from shardemb import layouts, optim
 from shardemb.env import Env
-from shardemb.planner import Sharder
+from shardemb.planner import PooledSharder
 
 NUM_TABLES, NUM_EMBEDDINGS, EMBEDDING_DIM, LR = 26, 100_000, 64, 0.01
 NAMES = [f"t{number}" for number in range(NUM_TABLES)]
@@ -167,14 +167,14 @@ def torchrec_directly(case: Case, batches: Batches, env: Env) -> Callable[[], ob
         for number, name in enumerate(NAMES)
     }
     plan = construct_module_sharding_plan(
-        collection, where, Sharder(), env.world_size, env.world_size, "cpu"
+        collection, where, PooledSharder(), env.world_size, env.world_size, "cpu"
     )
     sharded = DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(dist.group.WORLD),
         device=env.device,
         plan=ShardingPlan({"collection": plan}),
-        sharders=[Sharder()],
+        sharders=[PooledSharder()],
     )
     return loop(sharded, sharded.fused_optimizer, batches)
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from shardemb.data.batches import keyed_jagged_tensor as keyed_jagged_tensor
     from shardemb.env import Env as Env
     from shardemb.env import init_distributed as init_distributed
+    from shardemb.modules.embedding import EmbeddingCollection as EmbeddingCollection
     from shardemb.modules.embedding_bag import EmbeddingBagCollection as EmbeddingBagCollection
     from shardemb.optim.build import build_optimizer as build_optimizer
     from shardemb.pipeline import TrainPipeline as TrainPipeline
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Env": "shardemb.env",
     "EmbeddingBagCollection": "shardemb.modules.embedding_bag",
+    "EmbeddingCollection": "shardemb.modules.embedding",
     "ShardingPlan": "shardemb.placement",
     "TableConfig": "shardemb.config",
     "TrainPipeline": "shardemb.pipeline",

@@ -3,12 +3,17 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from shardemb.init import Init, Uniform
 from shardemb.optim import RowWiseAdagrad, SparseOptimizer
 
 MAX_NUM_EMBEDDINGS = 2**31 - 1  # FBGEMM holds row numbers of a table in 32 bits on some paths
+
+
+BYTES_OF = {"float32": 4, "float16": 2}
+"""Bytes of a value of each dtype that rows may have."""
+OutOfRange = Literal["raise", "drop", "clamp", "hash", "oov_row"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +29,14 @@ class TableConfig:
         pooling: How the rows of a bag are pooled: "sum" or "mean". An empty bag is a row of zeros.
         optimizer: How looked-up rows are updated.
         init: Initial values; by default uniform within 1 / sqrt(num_embeddings), as in TorchRec.
+        dtype: Of the rows: "float32" or "float16". Optimizer state and pooled features are float32
+            either way. Updated float16 rows are rounded to the nearest, on every device: an update
+            of less than about 1/2000 of a weight is lost.
+        trainable: Whether rows are updated; if not, they stay bit for bit as they are.
+        out_of_range: What becomes of ids that the table does not have, where the batch is made:
+            "raise" refuses the batch, "drop" leaves them out, "clamp" takes the nearest row,
+            "hash" spreads all ids of the feature over the rows by a stable hash, "oov_row" takes
+            the last row, which is then for them alone.
 
     Raises:
         ValueError: A field is out of its range.
@@ -43,6 +56,9 @@ class TableConfig:
     pooling: Literal["sum", "mean"] = "sum"
     optimizer: SparseOptimizer = field(default_factory=lambda: RowWiseAdagrad(lr=0.01))
     init: Init | None = None
+    dtype: Literal["float32", "float16"] = "float32"
+    trainable: bool = True
+    out_of_range: OutOfRange = "raise"
 
     def __post_init__(self) -> None:
         table = f"table {self.name!r}"
@@ -65,8 +81,17 @@ class TableConfig:
                 f"{self.embedding_dim}; use {self.embedding_dim + -self.embedding_dim % 4}"
             )
         self._check_features(table)
-        if self.pooling not in {"sum", "mean"}:
-            raise ValueError(f"{table}: pooling must be 'sum' or 'mean', got {self.pooling!r}")
+        for name, chosen, allowed in (
+            ("pooling", self.pooling, ("sum", "mean")),
+            ("dtype", self.dtype, ("float32", "float16")),
+            ("trainable", self.trainable, (True, False)),
+            ("out_of_range", self.out_of_range, get_args(OutOfRange)),
+        ):
+            if chosen not in allowed:
+                *others, last = map(repr, allowed)
+                raise ValueError(
+                    f"{table}: {name} must be {', '.join(others)} or {last}, got {chosen!r}"
+                )
         if not isinstance(self.optimizer, SparseOptimizer):
             raise ValueError(
                 f"{table}: optimizer must be one of shardemb.optim, such as "
@@ -106,7 +131,7 @@ class TableConfig:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the whole table's weights."""
-        return 4 * self.num_embeddings * self.embedding_dim
+        return BYTES_OF[self.dtype] * self.num_embeddings * self.embedding_dim
 
 
 def check_tables(tables: tuple[TableConfig, ...]) -> None:

@@ -1,25 +1,36 @@
 """How one table lies on the ranks. A layout is a value; `plan_sharding` turns it into shards.
 
-Here are row-wise and table-wise. Column-wise, table-row-wise, grid and data-parallel are not
-supported yet, and `plan_sharding` never chooses them.
+The ranks of a node are neighbours: node n holds ranks n * local_world_size and the next ones.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowWise:
+class _Layout:
+    torchrec_name: ClassVar[str]
+    splits_columns: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        given = [
+            f"{name}={value!r}"
+            for name, value in vars(self).items()
+            if value is not None and value is not False
+        ]
+        return f"{self.torchrec_name}({', '.join(given)})" if given else self.torchrec_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowWise(_Layout):
     """Each rank holds a block of ceil(num_embeddings / world_size) rows, the last the rest."""
 
     torchrec_name: ClassVar[str] = "row_wise"
 
-    def __str__(self) -> str:
-        return "row_wise"
-
 
 @dataclass(frozen=True, kw_only=True)
-class TableWise:
+class TableWise(_Layout):
     """The whole table lies on one rank.
 
     Attributes:
@@ -30,16 +41,102 @@ class TableWise:
     torchrec_name: ClassVar[str] = "table_wise"
 
     def __post_init__(self) -> None:
-        if self.rank is not None and (
-            isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0
-        ):
-            raise ValueError(f"table_wise: rank must be a number from 0, got {self.rank!r}")
-
-    def __str__(self) -> str:
-        return "table_wise" if self.rank is None else f"table_wise(rank={self.rank})"
+        _check_number("table_wise", "rank", self.rank)
 
 
-Layout = RowWise | TableWise
+@dataclass(frozen=True, kw_only=True)
+class ColumnWise(_Layout):
+    """Each of some ranks holds an equal slice of the columns of all rows.
+
+    Attributes:
+        ranks: Those ranks, each once, in the order of the slices; by default the planner picks.
+        accumulator_per_slice: Whether row-wise Adagrad may keep one accumulator for each row of
+            each slice, which is another algorithm than one for each row.
+    """
+
+    ranks: tuple[int, ...] | None = None
+    accumulator_per_slice: bool = False
+    torchrec_name: ClassVar[str] = "column_wise"
+    splits_columns: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "ranks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRowWise(_Layout):
+    """The ranks of one node hold the table as `RowWise` would.
+
+    Attributes:
+        node: That node; by default the planner picks it.
+    """
+
+    node: int | None = None
+    torchrec_name: ClassVar[str] = "table_row_wise"
+
+    def __post_init__(self) -> None:
+        _check_number("table_row_wise", "node", self.node)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableColumnWise(_Layout):
+    """Some ranks of one node hold the table as `ColumnWise` would.
+
+    Attributes:
+        ranks: Those ranks, all of one node; by default the planner picks.
+        accumulator_per_slice: As for `ColumnWise`.
+    """
+
+    ranks: tuple[int, ...] | None = None
+    accumulator_per_slice: bool = False
+    torchrec_name: ClassVar[str] = "table_column_wise"
+    splits_columns: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "ranks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridShard(_Layout):
+    """Each of some nodes holds an equal slice of the columns, dealt out to its ranks by rows.
+
+    Attributes:
+        nodes: Those nodes, each once, in the order of the slices; by default the planner picks.
+        accumulator_per_slice: As for `ColumnWise`.
+    """
+
+    nodes: tuple[int, ...] | None = None
+    accumulator_per_slice: bool = False
+    torchrec_name: ClassVar[str] = "grid_shard"
+    splits_columns: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "nodes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataParallel(_Layout):
+    """Every rank holds the whole table and updates it with the mean gradient of all ranks."""
+
+    torchrec_name: ClassVar[str] = "data_parallel"
+
+
+Layout = (
+    RowWise | TableWise | ColumnWise | TableRowWise | TableColumnWise | GridShard | DataParallel
+)
+LAYOUTS: dict[str, type[Layout]] = {
+    kind.torchrec_name: kind
+    for kind in (
+        TableWise,
+        RowWise,
+        ColumnWise,
+        TableRowWise,
+        TableColumnWise,
+        GridShard,
+        DataParallel,
+    )
+}
+"""The layouts by TorchRec's names."""
 
 
 def row_wise() -> RowWise:
@@ -71,12 +168,126 @@ def table_wise(rank: int | None = None) -> TableWise:
     return TableWise(rank=rank)
 
 
-def row_wise_leaves_a_rank_empty(num_embeddings: int, world_size: int) -> bool:
-    """Whether a table is too small to give every rank a row, without which TorchRec fails.
+def column_wise(
+    ranks: Iterable[int] | None = None, *, accumulator_per_slice: bool = False
+) -> ColumnWise:
+    """Deals the columns of a table out to ranks: for wide tables.
+
+    Args:
+        ranks: The ranks, one for each slice; by default the planner picks them. The slices are
+            equal, and their width is a multiple of 4.
+        accumulator_per_slice: Allows row-wise Adagrad, which then keeps an accumulator for each
+            row of each slice: another algorithm, whose result depends on the number of slices.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ValueError: `ranks` are not different numbers from 0.
 
     Example:
-        >>> row_wise_leaves_a_rank_empty(6, 4)
-        True
+        >>> str(column_wise(ranks=[0, 1]))
+        'column_wise(ranks=(0, 1))'
     """
-    rows_per_rank = -(-num_embeddings // world_size)
-    return rows_per_rank * (world_size - 1) >= num_embeddings
+    return ColumnWise(ranks=_tuple(ranks), accumulator_per_slice=accumulator_per_slice)
+
+
+def table_row_wise(node: int | None = None) -> TableRowWise:
+    """Deals the rows of a table out to the ranks of one node, which exchange them fast.
+
+    Args:
+        node: The node; by default the planner picks one.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ValueError: `node` is not a number from 0.
+
+    Example:
+        >>> str(table_row_wise(node=1))
+        'table_row_wise(node=1)'
+    """
+    return TableRowWise(node=node)
+
+
+def table_column_wise(
+    ranks: Iterable[int] | None = None, *, accumulator_per_slice: bool = False
+) -> TableColumnWise:
+    """Deals the columns of a table out to ranks of one node.
+
+    Args:
+        ranks: The ranks, all of one node; by default the planner picks them.
+        accumulator_per_slice: As for `column_wise`.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ValueError: `ranks` are not different numbers from 0.
+
+    Example:
+        >>> str(table_column_wise(ranks=[2, 3]))
+        'table_column_wise(ranks=(2, 3))'
+    """
+    return TableColumnWise(ranks=_tuple(ranks), accumulator_per_slice=accumulator_per_slice)
+
+
+def grid_shard(
+    nodes: Iterable[int] | None = None, *, accumulator_per_slice: bool = False
+) -> GridShard:
+    """Deals the columns of a table out to nodes, and the rows of each slice to its node's ranks.
+
+    Args:
+        nodes: The nodes, one for each slice; by default the planner picks them.
+        accumulator_per_slice: As for `column_wise`.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ValueError: `nodes` are not different numbers from 0.
+
+    Example:
+        >>> str(grid_shard(nodes=[0, 1]))
+        'grid_shard(nodes=(0, 1))'
+    """
+    return GridShard(nodes=_tuple(nodes), accumulator_per_slice=accumulator_per_slice)
+
+
+def data_parallel() -> DataParallel:
+    """Replicates a table on every rank: for tables of some thousand rows.
+
+    Nothing is exchanged in the forward. The gradient of the whole table is averaged over the ranks,
+    so the cost of a step grows with the table.
+
+    Example:
+        >>> str(data_parallel())
+        'data_parallel'
+    """
+    return DataParallel()
+
+
+def _tuple(numbers: Iterable[int] | None) -> Any:
+    return tuple(numbers) if isinstance(numbers, Iterable) else numbers
+
+
+def _check_number(layout: str, name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError(f"{layout}: {name} must be a number from 0, got {value!r}")
+
+
+def _check_numbers(layout: ColumnWise | TableColumnWise | GridShard, name: str) -> None:
+    values = getattr(layout, name)
+    if values is None:
+        return
+    if not isinstance(values, tuple) or not values:
+        raise ValueError(
+            f"{layout.torchrec_name}: {name} must be a list of numbers from 0, got {values!r}"
+        )
+    for value in values:
+        _check_number(layout.torchrec_name, name, -1 if value is None else value)
+    if len(set(values)) < len(values):
+        raise ValueError(
+            f"{layout.torchrec_name}: {name} must differ, got {values!r}; name each once"
+        )

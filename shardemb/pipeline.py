@@ -14,7 +14,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from shardemb.agree import raise_on_all_ranks
-from shardemb.data.id_guard import CheckedBatch, GuardedForward, guards_of, one_step
+from shardemb.data.guarded_forward import CheckedBatch, GuardedForward, guards_of, one_step
 from shardemb.env import Env
 from shardemb.errors import RunError
 

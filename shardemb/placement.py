@@ -4,19 +4,19 @@ import functools
 import json
 from dataclasses import asdict, dataclass
 
-from torchrec.distributed.types import ShardingPlan as TorchRecShardingPlan
-
 from shardemb.text import format_bytes, format_table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A block of a table's rows on one rank.
+    """A block of a table on one rank.
 
     Attributes:
         rank: The rank that holds it.
         first_row: Its first row in the table.
         num_rows: Number of its rows.
+        first_column: Its first column in the table.
+        num_columns: Number of its columns.
         weight_bytes: Bytes of its weights.
         optimizer_bytes: Bytes of its optimizer state.
     """
@@ -24,6 +24,8 @@ class Shard:
     rank: int
     first_row: int
     num_rows: int
+    first_column: int
+    num_columns: int
     weight_bytes: int
     optimizer_bytes: int
 
@@ -40,18 +42,29 @@ class TablePlacement:
     Attributes:
         table: Name of the table.
         module: Path of its collection in the model; "" where the model is the collection.
+        feature_names: The features that look it up.
         num_embeddings: Number of rows.
         embedding_dim: Number of columns.
-        layout: "row_wise" or "table_wise".
-        chosen_by: Who chose the layout.
+        dtype: Of its rows: "float32" or "float16".
+        pooling: "sum" or "mean"; None in a sequence collection, which does not pool.
+        is_weighted: Whether the ids of its bags carry weights.
+        trainable: Whether its rows are updated.
+        layout: TorchRec's name of the layout, such as "row_wise".
+        chosen_by: Who chose the layout, and why.
         optimizer: Name of its sparse optimizer.
-        shards: Its blocks, by rank.
+        shards: Its blocks: by slice of columns and within it by rows. Of a data-parallel table
+            every rank has one, which is the whole table.
     """
 
     table: str
     module: str
+    feature_names: tuple[str, ...]
     num_embeddings: int
     embedding_dim: int
+    dtype: str
+    pooling: str | None
+    is_weighted: bool
+    trainable: bool
     layout: str
     chosen_by: str
     optimizer: str
@@ -64,13 +77,13 @@ class ShardingPlan:
 
     Attributes:
         world_size: Number of ranks that it is for.
+        num_nodes: Number of nodes, each with the same number of ranks.
         tables: One placement for each table.
-        torchrec: The same as TorchRec's own plan, for `DistributedModelParallel`.
     """
 
     world_size: int
+    num_nodes: int
     tables: tuple[TablePlacement, ...]
-    torchrec: TorchRecShardingPlan
 
     @functools.cached_property
     def bytes_per_rank(self) -> list[int]:
@@ -82,9 +95,10 @@ class ShardingPlan:
         return totals
 
     def to_json(self) -> str:
-        """The plan as JSON: `world_size`, `tables` and `bytes_per_rank`."""
+        """The plan as JSON: `world_size`, `num_nodes`, `tables` and `bytes_per_rank`."""
         plan = {
             "world_size": self.world_size,
+            "num_nodes": self.num_nodes,
             "tables": [asdict(table) for table in self.tables],
             "bytes_per_rank": self.bytes_per_rank,
         }

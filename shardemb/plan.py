@@ -4,18 +4,16 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 from torch import nn
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan
-from torchrec.distributed.sharding_plan import row_wise as torchrec_row_wise
-from torchrec.distributed.sharding_plan import table_wise as torchrec_table_wise
-from torchrec.distributed.types import ParameterSharding
-from torchrec.distributed.types import ShardingPlan as TorchRecShardingPlan
 
+from shardemb.config import BYTES_OF
 from shardemb.env import Env
 from shardemb.errors import RunError
-from shardemb.layouts import Layout, RowWise, TableWise, row_wise_leaves_a_rank_empty
-from shardemb.modules.discovery import find_collections, optimizer_of, tables_not_row_wise
+from shardemb.geometry import Block, blocks_of
+from shardemb.layout_rules import why_not
+from shardemb.layouts import Layout
+from shardemb.modules.discovery import Table, find_collections
 from shardemb.placement import Shard, ShardingPlan, TablePlacement
-from shardemb.planner import FUSED, Sharder, choose_layouts, table_bytes_per_rank
+from shardemb.planner import choose_layouts, table_bytes_per_rank
 from shardemb.text import format_bytes
 
 
@@ -25,8 +23,8 @@ def plan_sharding(
     """Decides which rank holds which rows: named layouts as named, the rest by TorchRec's planner.
 
     Args:
-        model: Holds one or more `EmbeddingBagCollection`s whose tables have their optimizers
-            attached.
+        model: Holds one or more `EmbeddingBagCollection`s or `EmbeddingCollection`s whose tables
+            have their optimizers attached.
         env: The ranks to plan for; those of this run, or made by hand for another machine.
         layouts: A layout for some or all tables, by table name.
 
@@ -39,90 +37,66 @@ def plan_sharding(
         RunError: The tables do not fit in the ranks' memory.
 
     Example:
-        >>> import shardemb as se
+        >>> import shardemb as se, shardemb.layouts
         >>> table = se.TableConfig(
         ...     name="user", num_embeddings=1000, embedding_dim=64, feature_names=("user_id",)
         ... )
         >>> model = se.EmbeddingBagCollection([table])
-        >>> plan = plan_sharding(model, Env(world_size=4), {"user": RowWise()})
+        >>> plan = plan_sharding(model, Env(world_size=4), {"user": se.layouts.row_wise()})
         >>> [shard.num_rows for shard in plan.tables[0].shards]
         [250, 250, 250, 250]
     """
     named = dict(layouts or {})
     collections = find_collections(model)
-    weights = {
-        name: bag.weight
-        for collection in collections.values()
-        for name, bag in collection.embedding_bags.items()
-    }
-    num_embeddings = {name: weight.shape[0] for name, weight in weights.items()}
-    not_row_wise = {
-        table: feature
-        for collection in collections.values()
-        for table, feature in tables_not_row_wise(collection).items()
-    }
-    _check_layouts(named, num_embeddings, not_row_wise, env)
-    too_small = {
-        name
-        for name, rows in num_embeddings.items()
-        if row_wise_leaves_a_rank_empty(rows, env.world_size)
-    }
-    chosen = choose_layouts(model, env, named, list(weights), whole=too_small | set(not_row_wise))
-    plan = TorchRecShardingPlan(plan={})
-    placements = []
-    for path, collection in collections.items():
-        plan.plan[path] = construct_module_sharding_plan(
-            collection,
-            per_param_sharding={
-                name: _torchrec_layout(chosen[name]) for name in collection.embedding_bags
-            },
-            sharder=Sharder(),
-            local_size=env.local_world_size,
-            world_size=env.world_size,
-            device_type=env.device.type,
+    tables = {name: table for found in collections.values() for name, table in found.tables.items()}
+    ranks = {"world_size": env.world_size, "local_world_size": env.local_world_size}
+    _check_layouts(named, tables, ranks)
+    chosen = choose_layouts(model, env, named, tables)
+    placements = [
+        TablePlacement(
+            table=name,
+            module=found.path,
+            feature_names=tuple(table.config.feature_names),
+            num_embeddings=table.config.num_embeddings,
+            embedding_dim=table.config.embedding_dim,
+            dtype=table.dtype,
+            pooling=table.pooling,
+            is_weighted=table.is_weighted,
+            trainable=table.trainable,
+            layout=chosen[name].torchrec_name,
+            chosen_by=_chosen_by(named.get(name), chosen[name]),
+            optimizer=table.optimizer.__name__ if table.trainable else "none",
+            shards=tuple(
+                _shard(table, block) for block in blocks_of(chosen[name], _shape(table), **ranks)
+            ),
         )
-        placements += [
-            _placement(name, path, weights[name], sharding, _chosen_by(named.get(name)))
-            for name, sharding in plan.plan[path].items()
-        ]
-    made = ShardingPlan(world_size=env.world_size, tables=tuple(placements), torchrec=plan)
+        for found in collections.values()
+        for name, table in found.tables.items()
+    ]
+    made = ShardingPlan(
+        world_size=env.world_size, num_nodes=env.num_nodes, tables=tuple(placements)
+    )
+    _check_slices(made)
     _check_memory(made, table_bytes_per_rank(env))
     return made
 
 
 def _check_layouts(
-    layouts: Mapping[str, Layout],
-    num_embeddings: Mapping[str, int],
-    not_row_wise: Mapping[str, str],
-    env: Env,
+    layouts: Mapping[str, Layout], tables: Mapping[str, Table], ranks: Mapping[str, int]
 ) -> None:
     for name, layout in layouts.items():
-        if name not in num_embeddings:
+        if name not in tables:
             raise ValueError(
-                f"the layouts name table {name!r}, the model has {_some(num_embeddings, name)}"
+                f"the layouts name table {name!r}, the model has {_some(tables, name)}"
             )
         if not isinstance(layout, Layout):
             raise ValueError(
                 f"table {name!r}: the layout must come from shardemb.layouts, such as row_wise(), "
                 f"got {layout!r}"
             )
-        if isinstance(layout, TableWise) and (layout.rank or 0) >= env.world_size:
-            raise ValueError(
-                f"table {name!r}: table_wise(rank={layout.rank}) is planned for {env.world_size} "
-                f"ranks; use a rank in 0..{env.world_size - 1}"
-            )
-        rows = num_embeddings[name]
-        if isinstance(layout, RowWise) and row_wise_leaves_a_rank_empty(rows, env.world_size):
-            raise ValueError(
-                f"table {name!r}: row_wise over {env.world_size} ranks leaves a rank without "
-                f"rows, the table has {rows}; use table_wise()"
-            )
-        if isinstance(layout, RowWise) and name in not_row_wise:
-            raise ValueError(
-                f"table {name!r} has mean pooling and cannot be row_wise in a collection in which "
-                f"two tables look up feature {not_row_wise[name]!r}: TorchRec computes that "
-                "wrongly; use table_wise(), or two collections"
-            )
+        reason = why_not(tables[name], layout, **ranks)
+        if reason:
+            raise ValueError(f"table {name!r}: {reason}")
 
 
 def _some(names: Iterable[str], like: str) -> str:
@@ -133,45 +107,44 @@ def _some(names: Iterable[str], like: str) -> str:
     return shown + (f"; did you mean {close[0]!r}?" if close else "")
 
 
-def _torchrec_layout(layout: Layout) -> object:
-    if isinstance(layout, RowWise):
-        return torchrec_row_wise(compute_kernel=FUSED)
-    assert layout.rank is not None
-    return torchrec_table_wise(rank=layout.rank, compute_kernel=FUSED)
-
-
-def _chosen_by(layout: Layout | None) -> str:
-    if layout is None:
+def _chosen_by(named: Layout | None, chosen: Layout) -> str:
+    if named is None:
         return "planner"
-    return "named, rank by planner" if layout == TableWise() else "named"
+    return "named" if named == chosen else "named, ranks by planner"
 
 
-def _placement(
-    name: str, path: str, weight: nn.Parameter, sharding: ParameterSharding, chosen_by: str
-) -> TablePlacement:
-    optimizer = optimizer_of(weight)
-    shards = []
-    for shard in sharding.sharding_spec.shards:
-        num_rows, num_columns = shard.shard_sizes
-        shards.append(
-            Shard(
-                rank=shard.placement.rank(),
-                first_row=shard.shard_offsets[0],
-                num_rows=num_rows,
-                weight_bytes=num_rows * num_columns * weight.element_size(),
-                optimizer_bytes=optimizer.state_bytes(num_rows, num_columns),
-            )
-        )
-    return TablePlacement(
-        table=name,
-        module=path,
-        num_embeddings=weight.shape[0],
-        embedding_dim=weight.shape[1],
-        layout=sharding.sharding_type,
-        chosen_by=chosen_by,
-        optimizer=optimizer.__name__,
-        shards=tuple(shards),
+def _shape(table: Table) -> tuple[int, int]:
+    return table.config.num_embeddings, table.config.embedding_dim
+
+
+def _shard(table: Table, block: Block) -> Shard:
+    return Shard(
+        **block._asdict(),
+        weight_bytes=block.num_rows * block.num_columns * BYTES_OF[table.dtype],
+        optimizer_bytes=table.optimizer.state_bytes(block.num_rows, block.num_columns)
+        if table.trainable
+        else 0,
     )
+
+
+def _check_slices(plan: ShardingPlan) -> None:
+    """Refuses slices of two widths in one sequence collection, which TorchRec would mix up.
+
+    Raises:
+        ValueError: There are two.
+    """
+    widths: dict[str, tuple[int, str]] = {}
+    for table in plan.tables:
+        if table.pooling is not None or "column" not in table.layout:
+            continue
+        width = table.shards[0].num_columns
+        first_width, first = widths.setdefault(table.module, (width, table.table))
+        if width != first_width:
+            raise ValueError(
+                f"tables {first!r} and {table.table!r} of one EmbeddingCollection have slices of "
+                f"{first_width} and {width} columns, and TorchRec needs one width; give both the "
+                "same number of slices, or a collection each"
+            )
 
 
 def _check_memory(plan: ShardingPlan, limit: int) -> None:

@@ -1,11 +1,12 @@
 """TorchRec's planner, told what is fixed already. Decides; `plan.py` makes the plan of it."""
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
@@ -18,30 +19,46 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
+from torchrec.distributed.types import ModuleSharder
 
 from shardemb.env import Env
 from shardemb.errors import RunError
-from shardemb.layouts import Layout, RowWise, TableWise
+from shardemb.layout_rules import layouts_allowed
+from shardemb.layouts import LAYOUTS, DataParallel, Layout, RowWise, TableWise
+from shardemb.modules.discovery import Table
 
-FUSED = "fused"
+FUSED, DENSE = "fused", "dense"
 _RESERVED = 0.15
 """Part of each rank's memory that is kept for everything but tables."""
 
 
-class Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
-    """TorchRec's sharder, which also offers row-wise on CPU, and only what shardemb supports."""
+class _AllLayouts:
+    """What TorchRec's sharders offer only on CUDA: every layout, by fused kernels."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:  # noqa: ARG002
-        """Names of the layouts."""
-        return [RowWise.torchrec_name, TableWise.torchrec_name]
+        """Names of the layouts; `layout_rules` says which of them a table may have."""
+        return list(LAYOUTS)
 
     def compute_kernels(
         self,
-        sharding_type: str,  # noqa: ARG002
+        sharding_type: str,
         compute_device_type: str,  # noqa: ARG002
     ) -> list[str]:
         """Names of the kernels."""
-        return [FUSED]
+        return [DENSE if sharding_type == DataParallel.torchrec_name else FUSED]
+
+
+class PooledSharder(_AllLayouts, EmbeddingBagCollectionSharder):  # type: ignore[misc]
+    """TorchRec's sharder of an `EmbeddingBagCollection`."""
+
+
+class SequenceSharder(_AllLayouts, EmbeddingCollectionSharder):  # type: ignore[misc]
+    """TorchRec's sharder of an `EmbeddingCollection`."""
+
+
+def make_sharders() -> list[ModuleSharder[nn.Module]]:
+    """Sharders of both kinds of collection."""
+    return [PooledSharder(), SequenceSharder()]
 
 
 class _NamedRanksFirst(GreedyPerfPartitioner):  # type: ignore[misc]
@@ -86,18 +103,15 @@ def choose_layouts(
     model: nn.Module,
     env: Env,
     layouts: Mapping[str, Layout],
-    tables: Sequence[str],
-    *,
-    whole: Collection[str],
+    tables: Mapping[str, Table],
 ) -> dict[str, Layout]:
-    """Completes layouts: for every table one, and for every table-wise one a rank.
+    """Completes layouts: for every table one, with its ranks or nodes.
 
     Args:
         model: Holds the tables.
         env: The ranks.
         layouts: Those that are named, by table.
-        tables: Names of all tables.
-        whole: Those that must not be row-wise.
+        tables: All tables.
 
     Returns:
         Layouts by table; named ones as they were named.
@@ -117,17 +131,17 @@ def choose_layouts(
         topology=topology_of(env),
         constraints={
             name: ParameterConstraints(
-                sharding_types=_allowed(layouts.get(name), whole=name in whole),
+                sharding_types=_allowed(layouts.get(name), table, env),
                 compute_kernels=[FUSED],
             )
-            for name in tables
+            for name, table in tables.items()
         },
         partitioner=_NamedRanksFirst(rank_of),
         storage_reservation=FixedPercentageStorageReservation(percentage=_RESERVED),
         debug=False,
     )
     try:
-        plan = planner.plan(model, [Sharder()])
+        plan = planner.plan(model, make_sharders())
     except PlannerError as error:
         raise RunError(
             f"TorchRec's planner found no plan for {env.world_size} ranks: {error}"
@@ -167,7 +181,10 @@ def table_bytes_per_rank(env: Env) -> int:
     return int(memory * (1 - _RESERVED))
 
 
-def _allowed(layout: Layout | None, *, whole: bool) -> list[str]:
+def _allowed(layout: Layout | None, table: Table, env: Env) -> list[str]:
     if layout is not None:
         return [layout.torchrec_name]
-    return [TableWise.torchrec_name] if whole else [RowWise.torchrec_name, TableWise.torchrec_name]
+    allowed = layouts_allowed(
+        table, world_size=env.world_size, local_world_size=env.local_world_size
+    )
+    return [name for name in allowed if name in {RowWise.torchrec_name, TableWise.torchrec_name}]

@@ -1,43 +1,24 @@
-"""Puts a plan into effect: shards collections, sets the initial values, guards the ids."""
+"""Puts a plan into effect: shards collections, sets the initial rows, guards the ids."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
-import torch
 import torch.distributed as dist
 import torchrec
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec import KeyedTensor
-from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import LazyAwaitable, ShardingEnv
-from torchrec.modules.embedding_configs import PoolingType
+from torchrec.distributed.types import ShardingEnv
 
 from shardemb.agree import all_or_none
 from shardemb.data.batches import limits_of
-from shardemb.data.id_guard import GuardedForward
+from shardemb.data.guarded_forward import GuardedForward
 from shardemb.env import Env
 from shardemb.errors import RunError
-from shardemb.init import Uniform
-from shardemb.modules.discovery import find_collections
-from shardemb.modules.embedding_bag import InitialValues
+from shardemb.modules.discovery import Collection, Table, find_collections
+from shardemb.outputs import FinishPooled, FinishSequences, allow_uneven_batches, outputs_of
 from shardemb.placement import ShardingPlan
-from shardemb.planner import Sharder
-
-_ROWS_AT_ONCE = 1 << 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Origin:
-    """Where the initial values of a table come from: drawn, or a weight that the model holds."""
-
-    drawn: InitialValues | None = None
-    held: torch.Tensor | None = field(default=None, repr=False)
+from shardemb.planner import make_sharders
+from shardemb.rows import Origin, left_unfilled, origin_of, set_rows
+from shardemb.torchrec_plan import torchrec_plan
 
 
 def shard_modules(
@@ -75,32 +56,45 @@ def shard_modules(
         RunError: The ranks differ in their plans, tables or seeds, or one of them was refused.
     """
     collections, origins = _checked(model, plan, env)
-    limits = {
-        path: limits_of(collection.embedding_bag_configs())
-        for path, collection in collections.items()
-    }
-    keys = {path: list(collection._embedding_names) for path, collection in collections.items()}
-    with _left_unfilled(collections.values()):
+    layout_of = {table.table: table.layout for table in plan.tables}
+    _give_frozen_tables_an_optimizer(collections)
+    with left_unfilled(collections.values()):
         sharded = DistributedModelParallel(
             module=model,
             env=ShardingEnv.from_process_group(dist.group.WORLD),
             device=env.device,
-            plan=plan.torchrec,
-            sharders=[Sharder()],
+            plan=torchrec_plan(
+                plan.tables,
+                local_world_size=env.local_world_size,
+                device_type=env.device.type,
+            ),
+            sharders=make_sharders(),
         )
-    for path, module in sharded.module.named_modules():
-        if isinstance(module, ShardedEmbeddingBagCollection):
-            _set_initial_values(module, origins[path], env)
-            _keep_means_apart(module)
-            module.register_forward_pre_hook(GuardedForward(limits[path], check_ids=check_ids))
-            if declared_order:
-                module.register_forward_hook(_InOrder(keys[path]))
+    for path, collection in collections.items():
+        module = sharded.module.get_submodule(path)
+        state = module.state_dict()
+        prefix = "embedding_bags" if collection.is_pooled else "embeddings"
+        for name in collection.tables:
+            set_rows(state[f"{prefix}.{name}.weight"], origins[name], env)
+        limits = limits_of(
+            [table.config for table in collection.tables.values()],
+            is_weighted=collection.is_weighted,
+        )
+        guard = GuardedForward(limits, check_ids=check_ids)
+        module.register_forward_pre_hook(guard)
+        outputs = outputs_of(collection, layout_of)
+        if not collection.is_pooled:
+            module.register_forward_hook(FinishSequences(outputs))
+            continue
+        module._has_mean_pooling_callback = False
+        allow_uneven_batches(module, env)
+        module.register_forward_hook(FinishPooled(outputs, declared_order=declared_order))
     return sharded
 
 
 def _checked(
     model: nn.Module, plan: ShardingPlan, env: Env
-) -> tuple[dict[str, torchrec.EmbeddingBagCollection], dict[str, dict[str, _Origin]]]:
+) -> tuple[dict[str, Collection], dict[str, Origin]]:
     """The collections to shard and where their rows come from, if all ranks agree on them.
 
     Raises:
@@ -108,31 +102,30 @@ def _checked(
         RunError: The ranks differ, or another rank's is refused.
     """
     with all_or_none(env, "sharding the model"):
-        if plan.world_size != env.world_size:
+        if (plan.world_size, plan.num_nodes) != (env.world_size, env.num_nodes):
             raise ValueError(
-                f"the plan is for {plan.world_size} ranks, this run has {env.world_size}; plan "
-                "again with this env"
+                f"the plan is for {plan.world_size} ranks on {plan.num_nodes} nodes, this run has "
+                f"{env.world_size} on {env.num_nodes}; plan again with this env"
             )
         collections = find_collections(model)
+        tables = {
+            name: table
+            for collection in collections.values()
+            for name, table in collection.tables.items()
+        }
         planned = {(t.table, t.module, t.num_embeddings, t.embedding_dim) for t in plan.tables}
         found = {
-            (name, path, *bag.weight.shape)
-            for path, module in collections.items()
-            for name, bag in module.embedding_bags.items()
+            (name, path, *table.weight.shape)
+            for path, collection in collections.items()
+            for name, table in collection.tables.items()
         }
         if planned != found:
             differ = sorted({name for name, *_ in planned ^ found})
             raise ValueError(
                 f"the plan and the model differ in tables {differ}; plan again for this model"
             )
-        origins = {path: _origins(collection) for path, collection in collections.items()}
-        said = [plan.to_json(), repr(origins)]
-        said += [
-            repr((table.name, table.embedding_dim, table.feature_names, table.pooling))
-            for collection in collections.values()
-            for table in collection.embedding_bag_configs()
-        ]
-        said += [repr(getattr(p, "_optimizer_kwargs", None)) for p in model.parameters()]
+        origins = {name: origin_of(table) for name, table in tables.items()}
+        said = [plan.to_json(), repr(origins), *map(_declared, tables.values())]
     digests = [""] * env.world_size
     dist.all_gather_object(digests, hashlib.sha256("\n".join(said).encode()).hexdigest())
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
@@ -144,135 +137,16 @@ def _checked(
     return collections, origins
 
 
-def _origins(collection: torchrec.EmbeddingBagCollection) -> dict[str, _Origin]:
-    origins = {}
-    for config in collection.embedding_bag_configs():
-        weight = collection.embedding_bags[config.name].weight
-        if not weight.is_meta:
-            origins[config.name] = _Origin(held=weight.detach())
-        elif isinstance(config.init_fn, InitialValues):
-            origins[config.name] = _Origin(drawn=config.init_fn)
-        elif _is_uniform(config.init_fn):
-            bounds = config.init_fn.keywords
-            uniform = Uniform(low=bounds.get("a", 0.0), high=bounds.get("b", 1.0))
-            origins[config.name] = _Origin(drawn=InitialValues(config.name, uniform, seed=0))
-        else:
-            raise ValueError(
-                f"table {config.name!r} is on meta and has an init_fn of its own, which cannot be "
-                "drawn shard by shard; build the collection on 'cpu', and its weights are "
-                "carried over, or use shardemb.init"
-            )
-    return origins
+def _declared(table: Table) -> str:
+    """What ranks must agree on of a table, beside what the plan says."""
+    options = table.optimizer_options if table.trainable else None
+    return repr((table.name, table.config.feature_names, table.pooling, table.dtype, options))
 
 
-class _InOrder:
-    """A forward hook: the pooled features in the order in which the tables declare them.
-
-    TorchRec returns them by layout, so that a model which reads all columns at once would be
-    another model under another plan.
-    """
-
-    def __init__(self, keys: list[str]) -> None:
-        self._keys = keys
-
-    def __call__(
-        self,
-        module: nn.Module,  # noqa: ARG002
-        args: tuple[Any, ...],  # noqa: ARG002
-        output: LazyAwaitable[KeyedTensor],
-    ) -> None:
-        """What torch calls after a forward."""
-        output.callbacks.append(self._reorder)
-
-    def _reorder(self, pooled: KeyedTensor) -> KeyedTensor:
-        if list(pooled.keys()) == self._keys:
-            return pooled
-        width_of = dict(zip(pooled.keys(), pooled.length_per_key(), strict=True))
-        # on CPU two thirds of the time of KeyedTensor.regroup
-        columns = dict(
-            zip(width_of, pooled.values().split(list(width_of.values()), 1), strict=True)
-        )
-        return KeyedTensor(
-            keys=self._keys,
-            length_per_key=[width_of[key] for key in self._keys],
-            values=torch.cat([columns[key] for key in self._keys], 1),
-        )
-
-
-def _is_uniform(init_fn: object) -> bool:
-    """Whether an `init_fn` is nn.init.uniform_ with bounds, as TorchRec's default is."""
-    return (
-        isinstance(init_fn, partial)
-        and init_fn.func is nn.init.uniform_
-        and not init_fn.args
-        and set(init_fn.keywords) <= {"a", "b"}
-    )
-
-
-def _keep_means_apart(module: ShardedEmbeddingBagCollection) -> None:
-    """Keeps row-wise mean pooling off the features of other tables.
-
-    A row-wise mean is summed on each shard and divided afterwards. TorchRec 1.6 and 1.8 divide all
-    features of the collection but those of row-wise sum tables: table-wise features too, which are
-    complete already.
-    """
-    row_wise = module._pooling_type_to_rs_features
-    means = set(row_wise[PoolingType.MEAN.value])
-    features = [
-        feature
-        for names in module._table_name_to_config.values()
-        for feature in names.feature_names
-    ]
-    row_wise[PoolingType.SUM.value] = [feature for feature in features if feature not in means]
-
-
-@contextmanager
-def _left_unfilled(collections: Iterable[torchrec.EmbeddingBagCollection]) -> Iterator[None]:
-    """Keeps TorchRec from filling shards; it tells no `init_fn` which rows a shard holds."""
-    configs = [
-        config for collection in collections for config in collection.embedding_bag_configs()
-    ]
-    fills = [config.init_fn for config in configs]
-    for config in configs:
-        config.init_fn = lambda _: None
-    try:
-        yield
-    finally:
-        for config, fill in zip(configs, fills, strict=True):
-            config.init_fn = fill
-
-
-@torch.no_grad()
-def _set_initial_values(
-    module: ShardedEmbeddingBagCollection, origins: dict[str, _Origin], env: Env
-) -> None:
-    state = module.state_dict()
-    for name, origin in origins.items():
-        weight: ShardedTensor = state[f"embedding_bags.{name}.weight"]
-        if origin.held is not None:
-            _take_from_main(origin.held, weight, env)
-            continue
-        assert origin.drawn is not None
-        for shard in weight.local_shards():
-            first_row, first_column = shard.metadata.shard_offsets
-            origin.drawn.fill(
-                shard.tensor,
-                first_row=first_row,
-                first_column=first_column,
-                embedding_dim=weight.metadata().size[1],
-            )
-
-
-def _take_from_main(held_RD: torch.Tensor, weight: ShardedTensor, env: Env) -> None:
-    """Copies rank 0's whole table into the shards, some rows at a time."""
-    for start in range(0, held_RD.shape[0], _ROWS_AT_ONCE):
-        rows = held_RD[start : start + _ROWS_AT_ONCE].to(env.device, copy=True)
-        dist.broadcast(rows, src=0)
-        for shard in weight.local_shards():
-            first, column = shard.metadata.shard_offsets
-            num_rows, num_columns = shard.metadata.shard_sizes
-            low, high = max(first, start), min(first + num_rows, start + len(rows))
-            if low < high:
-                shard.tensor[low - first : high - first].copy_(
-                    rows[low - start : high - start, column : column + num_columns]
-                )
+def _give_frozen_tables_an_optimizer(collections: dict[str, Collection]) -> None:
+    """TorchRec's kernels need one; it has no state, and `outputs.py` lets no gradient through."""
+    for collection in collections.values():
+        for table in collection.tables.values():
+            if not table.trainable:
+                table.weight._optimizer_classes = [torchrec.optim.SGD]  # type: ignore[attr-defined]
+                table.weight._optimizer_kwargs = [{"lr": 0.0}]  # type: ignore[attr-defined]

@@ -1,5 +1,7 @@
 """A small model of three tables that lie differently, for tests of sharding."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -100,7 +102,7 @@ def whole(tensor: ShardedTensor, env: Env) -> torch.Tensor | None:
 
 
 def sharded_model(
-    optimizer: SparseOptimizer, env: Env, where: dict[str, Layout] = LAYOUTS, seed: int = 3
+    optimizer: SparseOptimizer, env: Env, where: Mapping[str, Layout] = LAYOUTS, seed: int = 3
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = Sum(se.EmbeddingBagCollection(make_tables(optimizer), seed=seed))
     plan = se.plan_sharding(model, env, where)

@@ -8,7 +8,8 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 import shardemb as se
-from shardemb.data.id_guard import CheckedBatch, FeatureLimit, IdGuard
+from shardemb.data.guarded_forward import CheckedBatch
+from shardemb.data.id_guard import FeatureLimit, IdGuard
 
 TABLES = [
     se.TableConfig(name="user", num_embeddings=10, embedding_dim=4, feature_names=("user_id",)),

@@ -8,8 +8,8 @@ import torch
 import torchrec
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward
-from torchrec import EmbeddingBagConfig, EmbeddingConfig
-from torchrec.modules.embedding_configs import DataType
+from torchrec import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import DataType, PoolingType
 
 import shardemb as se
 from shardemb import layouts, optim
@@ -93,7 +93,7 @@ def test_a_thousand_ranks_need_no_processes() -> None:
         ({"user": "row_wise"}, "table 'user': the layout must come from shardemb.layouts"),
         (
             {"user": layouts.table_wise(rank=4)},
-            r"table 'user': table_wise\(rank=4\) is planned for 4 ranks; use a rank in 0..3",
+            r"table 'user': table_wise\(rank=4\) is planned for 4 ranks; use ranks in 0..3",
         ),
         ({"tiny": layouts.row_wise()}, "table 'tiny': row_wise over 4 ranks leaves a rank without"),
     ],
@@ -123,7 +123,7 @@ def test_one_name_in_two_collections_is_refused() -> None:
 
 
 def torchrec_collection(**options: Any) -> torchrec.EmbeddingBagCollection:
-    fields: dict[str, Any] = {"data_type": options.pop("data_type", DataType.FP32)}
+    fields = {name: options.pop(name) for name in ("data_type", "pooling") if name in options}
     config = EmbeddingBagConfig(
         name="a", num_embeddings=10, embedding_dim=8, feature_names=["a"], **fields
     )
@@ -161,42 +161,23 @@ def attach(model: nn.Module, optimizer: type[torch.optim.Optimizer], **options: 
             lambda: attach(torchrec_collection(), torch.optim.Adagrad, lr=0.1),
             "table 'a': optimizer Adagrad was not given eps, and FBGEMM's default is not torch's",
         ),
-        (lambda: torchrec_collection(is_weighted=True), "collection '' is weighted, which is not"),
         (
-            lambda: torchrec_collection(data_type=DataType.FP16),
-            "table 'a': data_type FP16 is not supported; use FP32",
+            lambda: torchrec_collection(data_type=DataType.BF16),
+            "table 'a': data_type BF16 is not supported; use FP32 or FP16",
         ),
         (
-            lambda: nn.ModuleDict(
-                {
-                    "seq": torchrec.EmbeddingCollection(
-                        [EmbeddingConfig(num_embeddings=9, embedding_dim=4, name="a")],
-                        device=torch.device("meta"),
-                    )
-                }
+            lambda: attach(
+                torchrec_collection(is_weighted=True, pooling=PoolingType.MEAN),
+                torch.optim.SGD,
+                lr=0.1,
             ),
-            "module 'seq' is a EmbeddingCollection, which is not supported yet; it would be repl",
+            "table 'a': a weighted bag has no mean in torch; use pooling='sum'",
         ),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(make: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         se.plan_sharding(make(), Env())
-
-
-def test_a_mean_table_is_not_row_wise_where_a_feature_is_shared() -> None:
-    tables = [
-        table("mean", pooling="mean", feature_names=("z",)),
-        table("one", feature_names=("x",)),
-        table("other", feature_names=("x", "y")),
-    ]
-    model = se.EmbeddingBagCollection(tables)
-    with pytest.raises(
-        ValueError, match="table 'mean' has mean pooling and cannot be row_wise in a"
-    ):
-        se.plan_sharding(model, Env(world_size=2), {"mean": layouts.row_wise()})
-    plan = se.plan_sharding(model, Env(world_size=2), {"other": layouts.row_wise()})
-    assert plan.tables[0].layout == "table_wise"
 
 
 def test_a_collection_held_twice_is_refused() -> None:

@@ -151,7 +151,9 @@ def test_a_learning_rate_reaches_rows_and_dense_on_the_very_next_step(env: Env) 
 @spmd(world_size=2)
 def test_what_cannot_be_sharded_is_refused_on_every_rank(env: Env) -> None:
     model = Sum(se.EmbeddingBagCollection(make_tables(optim.SGD(lr=0.1))))
-    with pytest.raises(ValueError, match="the plan is for 1 ranks, this run has 2; plan again"):
+    with pytest.raises(
+        ValueError, match="the plan is for 1 ranks on 1 nodes, this run has 2 on 1; plan again"
+    ):
         se.shard_modules(model, se.plan_sharding(model, Env()), env)
     other = Sum(se.EmbeddingBagCollection(make_tables(optim.SGD(lr=0.1))[:2]))
     with pytest.raises(ValueError, match=r"differ in tables \['wide'\]"):

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec import KeyedJaggedTensor
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from shardemb.config import TableConfig
 from shardemb.data.id_guard import FeatureLimit, IdGuard
@@ -63,10 +64,25 @@ def keyed_jagged_tensor(
     return batch
 
 
-def limits_of(tables: Iterable[TableConfig | EmbeddingBagConfig]) -> list[FeatureLimit]:
-    """The limits that tables, ours or TorchRec's, set to the ids of their features."""
+def limits_of(
+    tables: Iterable[TableConfig | BaseEmbeddingConfig], *, is_weighted: bool = False
+) -> list[FeatureLimit]:
+    """The limits that tables, ours or TorchRec's, set to the ids of their features.
+
+    Args:
+        tables: The tables of a collection.
+        is_weighted: Whether their ids carry weights.
+
+    Returns:
+        One for each pair of feature and table.
+    """
     return [
-        FeatureLimit(feature=feature, table=table.name, num_embeddings=table.num_embeddings)
+        FeatureLimit(
+            feature=feature,
+            table=table.name,
+            num_embeddings=table.num_embeddings,
+            is_weighted=is_weighted,
+        )
         for table in tables
         for feature in table.feature_names
     ]

@@ -6,13 +6,10 @@ them.
 
 # N ids of a batch
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 from torchrec import KeyedJaggedTensor
 
 _ID_DTYPES = (torch.int32, torch.int64)
@@ -26,11 +23,13 @@ class FeatureLimit:
         feature: Key in the batch.
         table: Name of the table it looks up.
         num_embeddings: Number of rows of that table.
+        is_weighted: Whether its ids carry weights.
     """
 
     feature: str
     table: str
     num_embeddings: int
+    is_weighted: bool = False
 
 
 class IdGuard:
@@ -58,6 +57,7 @@ class IdGuard:
             known = self._limits.get(limit.feature)
             if known is None or limit.num_embeddings < known.num_embeddings:
                 self._limits[limit.feature] = limit
+        self._is_weighted = limits[0].is_weighted
         self._smallest = min(limit.num_embeddings for limit in self._limits.values())
 
     @property
@@ -108,9 +108,13 @@ class IdGuard:
         keys = list(batch.keys())
         if len(set(keys)) < len(keys):
             raise ValueError(f"the batch has a feature twice: {keys}")
-        if batch.weights_or_none() is not None:
+        has_weights = batch.weights_or_none() is not None
+        if has_weights != self._is_weighted:
             raise ValueError(
                 "the batch has weights, and the tables do not use them; leave them out"
+                if has_weights
+                else "the batch has no weights, and the tables are of a weighted collection; give "
+                "every id one"
             )
         missing = [feature for feature in self._limits if feature not in keys]
         if missing:
@@ -139,121 +143,3 @@ def _refuse(limit: FeatureLimit, ids: torch.Tensor, lengths: torch.Tensor) -> No
         f"0..{limit.num_embeddings - 1} of table {limit.table!r}; hash or drop such ids, or raise "
         "num_embeddings"
     )
-
-
-class CheckedBatch:
-    """What makes a checked batch known again: the same ids, unchanged, in the same bags.
-
-    Args:
-        batch: The batch, on the device.
-    """
-
-    def __init__(self, batch: KeyedJaggedTensor) -> None:
-        self._keys = list(batch.keys())
-        self._ids, self._lengths = batch.values(), batch.lengths()
-        self._versions = self._ids._version, self._lengths._version
-
-    def is_in(self, batch: KeyedJaggedTensor) -> bool:
-        """Whether a batch has these ids in these bags."""
-        ids, lengths = batch.values(), batch.lengths()
-        return (
-            ids is self._ids
-            and lengths is self._lengths
-            and (ids._version, lengths._version) == self._versions
-            and list(batch.keys()) == self._keys
-        )
-
-
-class GuardedForward:
-    """A forward pre-hook of a sharded collection: checks its batch and puts its keys in order.
-
-    TorchRec freezes the order of keys at the first batch, and a batch with the same keys in another
-    order would look up the wrong tables, in silence; and ranks whose ids differ in dtype die.
-
-    Args:
-        limits: One for each pair of feature and table of the collection.
-        check_ids: Whether to check every batch that was not checked already.
-    """
-
-    def __init__(self, limits: Sequence[FeatureLimit], *, check_ids: bool) -> None:
-        self.guard = IdGuard(limits)
-        self.checked: list[CheckedBatch] = []
-        """Batches that need no further check."""
-        self.lookups_left: int | None = None
-        """Lookups until the next update, each of which would be an update of its own."""
-        self._check_ids = check_ids
-        self._keys = self.guard.feature_names
-
-    def __call__(
-        self,
-        module: nn.Module,  # noqa: ARG002
-        args: tuple[Any, ...],
-    ) -> tuple[Any, ...] | None:
-        """What torch calls before a forward.
-
-        Args:
-            module: The collection.
-            args: What its forward was called with.
-
-        Returns:
-            Other arguments, or None to leave these.
-
-        Raises:
-            ValueError: The batch is refused.
-        """
-        if not args or not isinstance(args[0], KeyedJaggedTensor):
-            return None
-        self._count()
-        batch = args[0]
-        self.guard.check_features(batch)
-        if self._check_ids and not any(checked.is_in(batch) for checked in self.checked):
-            self.guard.check(batch)
-        keys = list(batch.keys())
-        if keys != self._keys:
-            batch = batch.permute([keys.index(key) for key in self._keys])
-        if (batch.values().dtype, batch.lengths().dtype) != (torch.int64, torch.int64):
-            batch = KeyedJaggedTensor(
-                keys=self._keys, values=batch.values().long(), lengths=batch.lengths().long()
-            )
-        return None if batch is args[0] else (batch, *args[1:])
-
-    def _count(self) -> None:
-        if self.lookups_left is None or not torch.is_grad_enabled():
-            return
-        if self.lookups_left == 0:
-            raise ValueError(
-                f"the collection of features {self._keys} is looked up twice in one step, and "
-                "each lookup would update its rows by itself; look all features up in one batch"
-            )
-        self.lookups_left -= 1
-
-
-def guards_of(model: nn.Module) -> list[GuardedForward]:
-    """The guards that `shard_modules` put on the collections of a model."""
-    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    return [hook for hook in hooks if isinstance(hook, GuardedForward)]
-
-
-@contextmanager
-def one_step(
-    guards: Sequence[GuardedForward], checked: Sequence[tuple[GuardedForward, CheckedBatch]]
-) -> Iterator[None]:
-    """Runs a forward with one lookup a collection, which passes batches that were checked already.
-
-    Args:
-        guards: All guards of the model.
-        checked: Guards, and the batches that each has checked.
-
-    Yields:
-        Nothing.
-    """
-    for guarded, batch in checked:
-        guarded.checked.append(batch)
-    for guarded in guards:
-        guarded.lookups_left = 1
-    try:
-        yield
-    finally:
-        for guarded in guards:
-            guarded.checked.clear()
-            guarded.lookups_left = None

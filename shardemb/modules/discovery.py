@@ -1,9 +1,13 @@
 """Finds the collections of a model, and refuses by name what could not be sharded correctly."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torchrec
 from torch import nn
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, PoolingType
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollectionInterface,
     EmbeddingCollectionInterface,
@@ -20,9 +24,85 @@ _CONFIG_OF: dict[type, type[SparseOptimizer]] = {
     torchrec.optim.RowWiseAdagrad: optim.RowWiseAdagrad,
 }
 _HONOURED = {"lr", "eps"}
+_DTYPES = {DataType.FP32: "float32", DataType.FP16: "float16"}
+_POOLING = {PoolingType.SUM: "sum", PoolingType.MEAN: "mean"}
 
 
-def find_collections(model: nn.Module) -> dict[str, torchrec.EmbeddingBagCollection]:
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """What a collection says of one of its tables.
+
+    Attributes:
+        config: TorchRec's.
+        weight: The whole table, often on meta.
+        pooling: "sum" or "mean"; None in a sequence collection.
+        is_weighted: Whether the ids of its bags carry weights.
+    """
+
+    config: BaseEmbeddingConfig
+    weight: nn.Parameter
+    pooling: str | None
+    is_weighted: bool
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return str(self.config.name)
+
+    @property
+    def dtype(self) -> str:
+        """Of its rows: "float32" or "float16"."""
+        return _DTYPES[self.config.data_type]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether its rows are updated."""
+        return self.weight.requires_grad
+
+    @property
+    def optimizer(self) -> type[SparseOptimizer]:
+        """The config class of the optimizer that is attached to it."""
+        return _CONFIG_OF[self.weight._optimizer_classes[0]]  # type: ignore[attr-defined]
+
+    @property
+    def optimizer_options(self) -> dict[str, Any]:
+        """What its optimizer was given: "lr" and for some "eps"."""
+        given: Mapping[str, Any] = self.weight._optimizer_kwargs[0]  # type: ignore[attr-defined]
+        return {name: value for name, value in given.items() if name in _HONOURED}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """An unsharded collection and where it is.
+
+    Attributes:
+        path: In the model; "" where it is the model.
+        module: The collection.
+        tables: Its tables by name, in its own order.
+    """
+
+    path: str
+    module: torchrec.EmbeddingBagCollection | torchrec.EmbeddingCollection
+    tables: dict[str, Table]
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether it is an `EmbeddingBagCollection`, and not an `EmbeddingCollection`."""
+        return isinstance(self.module, torchrec.EmbeddingBagCollection)
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the ids of its bags carry weights."""
+        return any(table.is_weighted for table in self.tables.values())
+
+    @property
+    def shared_features(self) -> list[str]:
+        """Features that more than one of its tables look up."""
+        features = [name for table in self.tables.values() for name in table.config.feature_names]
+        return sorted({name for name in features if features.count(name) > 1})
+
+
+def find_collections(model: nn.Module) -> dict[str, Collection]:
     """The unsharded collections of a model by their paths.
 
     Args:
@@ -34,11 +114,11 @@ def find_collections(model: nn.Module) -> dict[str, torchrec.EmbeddingBagCollect
     Raises:
         ValueError: There is none, or one is of a kind that is not supported.
     """
-    found: dict[str, torchrec.EmbeddingBagCollection] = {}
+    found: dict[str, Collection] = {}
     path_of_table: dict[str, str] = {}
     path_of: dict[int, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if type(module) is not torchrec.EmbeddingBagCollection:
+        if type(module) not in {torchrec.EmbeddingBagCollection, torchrec.EmbeddingCollection}:
             _check_not_embeddings(path, module)
             continue
         if id(module) in path_of:
@@ -47,47 +127,46 @@ def find_collections(model: nn.Module) -> dict[str, torchrec.EmbeddingBagCollect
                 "of which TorchRec would shard the first only; hold it once"
             )
         path_of[id(module)] = path
-        if module.is_weighted():
-            raise ValueError(f"collection {path!r} is weighted, which is not supported yet")
-        for config in module.embedding_bag_configs():
-            _check_table(config, module.embedding_bags[config.name].weight)
-            if config.name in path_of_table:
+        found[path] = Collection(path=path, module=module, tables=_tables_of(module))
+        for table in found[path].tables.values():
+            _check_table(table)
+            if table.name in path_of_table:
                 raise ValueError(
-                    f"table {config.name!r} is in two collections, {path_of_table[config.name]!r} "
+                    f"table {table.name!r} is in two collections, {path_of_table[table.name]!r} "
                     f"and {path!r}; rename one of them"
                 )
-            path_of_table[config.name] = path
-        found[path] = module
+            path_of_table[table.name] = path
     if not found:
         raise ValueError(
-            f"{type(model).__name__} holds no unsharded EmbeddingBagCollection; build one with "
-            "shardemb.EmbeddingBagCollection(tables) and give it to the model"
+            f"{type(model).__name__} holds no unsharded EmbeddingBagCollection or "
+            "EmbeddingCollection; build one with shardemb.EmbeddingBagCollection(tables) and give "
+            "it to the model, or turn torch's own modules into such by shardemb.from_torch"
         )
     return found
 
 
-def tables_not_row_wise(collection: torchrec.EmbeddingBagCollection) -> dict[str, str]:
-    """Tables that TorchRec 1.8 computes wrongly row-wise: mean pooled, where a feature is shared.
-
-    It divides a row-wise mean after the lookup, and finds its columns by the names of features.
-
-    Args:
-        collection: Unsharded.
-
-    Returns:
-        For each such table a feature of the collection that two tables look up.
-    """
-    configs = collection.embedding_bag_configs()
-    features = [feature for config in configs for feature in config.feature_names]
-    shared = sorted(feature for feature in set(features) if features.count(feature) > 1)
-    if not shared:
-        return {}
-    return {config.name: shared[0] for config in configs if config.pooling == PoolingType.MEAN}
-
-
-def optimizer_of(weight: nn.Parameter) -> type[SparseOptimizer]:
-    """The config class of the optimizer that is attached to a table of `find_collections`."""
-    return _CONFIG_OF[weight._optimizer_classes[0]]  # type: ignore[attr-defined]
+def _tables_of(
+    module: torchrec.EmbeddingBagCollection | torchrec.EmbeddingCollection,
+) -> dict[str, Table]:
+    if isinstance(module, torchrec.EmbeddingBagCollection):
+        return {
+            config.name: Table(
+                config=config,
+                weight=module.embedding_bags[config.name].weight,
+                pooling=_POOLING[config.pooling],
+                is_weighted=module.is_weighted(),
+            )
+            for config in module.embedding_bag_configs()
+        }
+    return {
+        config.name: Table(
+            config=config,
+            weight=module.embeddings[config.name].weight,
+            pooling=None,
+            is_weighted=False,
+        )
+        for config in module.embedding_configs()
+    }
 
 
 def _check_not_embeddings(path: str, module: nn.Module) -> None:
@@ -99,33 +178,42 @@ def _check_not_embeddings(path: str, module: nn.Module) -> None:
         )
 
 
-def _check_table(config: EmbeddingBagConfig, weight: nn.Parameter) -> None:
-    table = f"table {config.name!r}"
-    if config.data_type != DataType.FP32:
-        raise ValueError(f"{table}: data_type {config.data_type.name} is not supported; use FP32")
-    classes = getattr(weight, "_optimizer_classes", [])
+def _check_table(table: Table) -> None:
+    who = f"table {table.name!r}"
+    if table.config.data_type not in _DTYPES:
+        raise ValueError(
+            f"{who}: data_type {table.config.data_type.name} is not supported; use FP32 or FP16"
+        )
+    if table.is_weighted and table.pooling == "mean":
+        raise ValueError(
+            f"{who}: a weighted bag has no mean in torch; use pooling='sum', and weights that "
+            "add up to 1"
+        )
+    classes = getattr(table.weight, "_optimizer_classes", [])
+    if not classes and not table.trainable:
+        return
     if len(classes) != 1:
         raise ValueError(
-            f"{table} has {len(classes) or 'no'} optimizer{'s' * (len(classes) > 1)}, and needs "
+            f"{who} has {len(classes) or 'no'} optimizer{'s' * (len(classes) > 1)}, and needs "
             "one: without it TorchRec plans a kernel that never updates the rows. Build the "
             "collection with shardemb.EmbeddingBagCollection, or attach one to its weight with "
             "torchrec.optim.apply_optimizer_in_backward before plan_sharding"
         )
     if classes[0] not in _CONFIG_OF:
         raise ValueError(
-            f"{table}: optimizer {classes[0].__name__} is not supported yet; use SGD, Adagrad or "
+            f"{who}: optimizer {classes[0].__name__} is not supported yet; use SGD, Adagrad or "
             "RowWiseAdagrad of shardemb.optim"
         )
-    given = weight._optimizer_kwargs[0]  # type: ignore[attr-defined]
+    given = table.weight._optimizer_kwargs[0]  # type: ignore[attr-defined]
     needed = {"lr", "eps"} if classes[0] is torch.optim.Adagrad else {"lr"}
     if not needed <= set(given):
         raise ValueError(
-            f"{table}: optimizer {classes[0].__name__} was not given {min(needed - set(given))}, "
+            f"{who}: optimizer {classes[0].__name__} was not given {min(needed - set(given))}, "
             "and FBGEMM's default is not torch's; give it"
         )
     ignored = sorted(set(given) - _HONOURED)
     if ignored:
         raise ValueError(
-            f"{table}: optimizer {classes[0].__name__} was given {ignored[0]}, which FBGEMM's "
+            f"{who}: optimizer {classes[0].__name__} was given {ignored[0]}, which FBGEMM's "
             f"kernels would ignore; give only {' and '.join(sorted(_HONOURED))}"
         )

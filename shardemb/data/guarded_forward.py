@@ -1,0 +1,132 @@
+"""Checks every batch that a sharded collection looks up, and puts its keys in order."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec import KeyedJaggedTensor
+
+from shardemb.data.id_guard import FeatureLimit, IdGuard
+
+
+class CheckedBatch:
+    """What makes a checked batch known again: the same ids, unchanged, in the same bags.
+
+    Args:
+        batch: The batch, on the device.
+    """
+
+    def __init__(self, batch: KeyedJaggedTensor) -> None:
+        self._keys = list(batch.keys())
+        self._ids, self._lengths = batch.values(), batch.lengths()
+        self._versions = self._ids._version, self._lengths._version
+
+    def is_in(self, batch: KeyedJaggedTensor) -> bool:
+        """Whether a batch has these ids in these bags."""
+        ids, lengths = batch.values(), batch.lengths()
+        return (
+            ids is self._ids
+            and lengths is self._lengths
+            and (ids._version, lengths._version) == self._versions
+            and list(batch.keys()) == self._keys
+        )
+
+
+class GuardedForward:
+    """A forward pre-hook of a sharded collection: checks its batch and puts its keys in order.
+
+    TorchRec freezes the order of keys at the first batch, and a batch with the same keys in another
+    order would look up the wrong tables, in silence; and ranks whose ids differ in dtype die.
+
+    Args:
+        limits: One for each pair of feature and table of the collection.
+        check_ids: Whether to check every batch that was not checked already.
+    """
+
+    def __init__(self, limits: Sequence[FeatureLimit], *, check_ids: bool) -> None:
+        self.guard = IdGuard(limits)
+        self.checked: list[CheckedBatch] = []
+        """Batches that need no further check."""
+        self.lookups_left: int | None = None
+        """Lookups until the next update, each of which would be an update of its own."""
+        self._check_ids = check_ids
+        self._keys = self.guard.feature_names
+
+    def __call__(
+        self,
+        module: nn.Module,  # noqa: ARG002
+        args: tuple[Any, ...],
+    ) -> tuple[Any, ...] | None:
+        """What torch calls before a forward.
+
+        Args:
+            module: The collection.
+            args: What its forward was called with.
+
+        Returns:
+            Other arguments, or None to leave these.
+
+        Raises:
+            ValueError: The batch is refused.
+        """
+        if not args or not isinstance(args[0], KeyedJaggedTensor):
+            return None
+        self._count()
+        batch = args[0]
+        self.guard.check_features(batch)
+        if self._check_ids and not any(checked.is_in(batch) for checked in self.checked):
+            self.guard.check(batch)
+        keys = list(batch.keys())
+        if keys != self._keys:
+            batch = batch.permute([keys.index(key) for key in self._keys])
+        if (batch.values().dtype, batch.lengths().dtype) != (torch.int64, torch.int64):
+            batch = KeyedJaggedTensor(
+                keys=self._keys,
+                values=batch.values().long(),
+                lengths=batch.lengths().long(),
+                weights=batch.weights_or_none(),
+            )
+        return None if batch is args[0] else (batch, *args[1:])
+
+    def _count(self) -> None:
+        if self.lookups_left is None or not torch.is_grad_enabled():
+            return
+        if self.lookups_left == 0:
+            raise ValueError(
+                f"the collection of features {self._keys} is looked up twice in one step, and "
+                "each lookup would update its rows by itself; look all features up in one batch"
+            )
+        self.lookups_left -= 1
+
+
+def guards_of(model: nn.Module) -> list[GuardedForward]:
+    """The guards that `shard_modules` put on the collections of a model."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return [hook for hook in hooks if isinstance(hook, GuardedForward)]
+
+
+@contextmanager
+def one_step(
+    guards: Sequence[GuardedForward], checked: Sequence[tuple[GuardedForward, CheckedBatch]]
+) -> Iterator[None]:
+    """Runs a forward with one lookup a collection, which passes batches that were checked already.
+
+    Args:
+        guards: All guards of the model.
+        checked: Guards, and the batches that each has checked.
+
+    Yields:
+        Nothing.
+    """
+    for guarded, batch in checked:
+        guarded.checked.append(batch)
+    for guarded in guards:
+        guarded.lookups_left = 1
+    try:
+        yield
+    finally:
+        for guarded in guards:
+            guarded.checked.clear()
+            guarded.lookups_left = None

@@ -1,0 +1,142 @@
+"""Which layouts a table may have: what TorchRec's kernels compute rightly, and nothing else."""
+
+from shardemb.geometry import a_rank_stays_empty
+from shardemb.layouts import (
+    LAYOUTS,
+    ColumnWise,
+    DataParallel,
+    GridShard,
+    Layout,
+    RowWise,
+    TableColumnWise,
+    TableRowWise,
+    TableWise,
+)
+from shardemb.modules.discovery import Table
+from shardemb.optim import RowWiseAdagrad
+
+_WIDTH_STEP = 4
+"""FBGEMM's kernels read four floats at a time."""
+
+
+def why_not(table: Table, layout: Layout, *, world_size: int, local_world_size: int) -> str | None:
+    """What speaks against a layout of a table, and what to use instead.
+
+    Args:
+        table: The table.
+        layout: Its layout; ranks or nodes may be left to the planner.
+        world_size: Number of ranks.
+        local_world_size: Number of ranks on each node.
+
+    Returns:
+        The reason, to stand after the table's name, or None if there is none.
+    """
+    return (
+        _why_not_there(layout, world_size, local_world_size)
+        or _why_not_of_kind(table, layout)
+        or _why_not_rows(table, layout, world_size, local_world_size)
+        or _why_not_columns(table, layout)
+    )
+
+
+def _why_not_there(layout: Layout, world_size: int, local_world_size: int) -> str | None:
+    num_nodes = world_size // local_world_size
+    if isinstance(layout, (TableRowWise, GridShard)):
+        if isinstance(layout, GridShard):
+            nodes = layout.nodes or ()
+        else:
+            nodes = () if layout.node is None else (layout.node,)
+        if any(node >= num_nodes for node in nodes):
+            return (
+                f"{layout} is planned for {num_nodes} node{'s' * (num_nodes > 1)}; use nodes in "
+                f"0..{num_nodes - 1}"
+            )
+        return None
+    if isinstance(layout, (RowWise, DataParallel)):
+        return None
+    if isinstance(layout, TableWise):
+        ranks: tuple[int, ...] = () if layout.rank is None else (layout.rank,)
+    else:
+        ranks = layout.ranks or ()
+    if any(rank >= world_size for rank in ranks):
+        return f"{layout} is planned for {world_size} ranks; use ranks in 0..{world_size - 1}"
+    if isinstance(layout, TableColumnWise):
+        of_nodes = sorted({rank // local_world_size for rank in ranks})
+        if len(of_nodes) > 1:
+            return (
+                f"{layout} names ranks of nodes {of_nodes}, of {local_world_size} ranks each; "
+                "use ranks of one node, or column_wise"
+            )
+    return None
+
+
+def _why_not_of_kind(table: Table, layout: Layout) -> str | None:
+    if table.pooling is None and isinstance(layout, (TableRowWise, GridShard)):
+        return (
+            f"{layout.torchrec_name} is not supported for sequences, TorchRec refuses it; use "
+            "row_wise, column_wise or table_wise"
+        )
+    if isinstance(layout, DataParallel) and table.dtype == "float16":
+        return (
+            "data_parallel is not supported for float16, whose gradients would be averaged in "
+            "half precision; use table_wise, or dtype='float32'"
+        )
+    return None
+
+
+def _why_not_rows(
+    table: Table, layout: Layout, world_size: int, local_world_size: int
+) -> str | None:
+    num_ranks = {RowWise: world_size, TableRowWise: local_world_size, GridShard: local_world_size}
+    over = num_ranks.get(type(layout), 1)
+    num_rows = table.config.num_embeddings
+    if a_rank_stays_empty(num_rows, over):
+        return (
+            f"{layout.torchrec_name} over {over} ranks leaves a rank without rows, the table has "
+            f"{num_rows}; use table_wise()"
+        )
+    return None
+
+
+def _why_not_columns(table: Table, layout: Layout) -> str | None:
+    if not isinstance(layout, (ColumnWise, TableColumnWise, GridShard)):
+        return None
+    slices = layout.nodes if isinstance(layout, GridShard) else layout.ranks
+    width = table.config.embedding_dim
+    if slices is not None and width % (_WIDTH_STEP * len(slices)):
+        return (
+            f"{layout} splits {width} columns into {len(slices)} slices, and each must have a "
+            f"multiple of {_WIDTH_STEP}; use fewer slices, or embedding_dim="
+            f"{-(-width // (_WIDTH_STEP * len(slices))) * _WIDTH_STEP * len(slices)}"
+        )
+    if (
+        table.trainable
+        and table.optimizer is RowWiseAdagrad
+        and not layout.accumulator_per_slice
+        and (slices is None or len(slices) > 1)
+    ):
+        return (
+            f"under {layout.torchrec_name} row-wise Adagrad keeps an accumulator for each row of "
+            "each slice, which is another algorithm than one for each row; use optim.Adagrad or a "
+            "layout that keeps rows whole (table_wise, row_wise, table_row_wise), or ask for it: "
+            f"{layout.torchrec_name}(..., accumulator_per_slice=True)"
+        )
+    return None
+
+
+def layouts_allowed(table: Table, *, world_size: int, local_world_size: int) -> list[str]:
+    """TorchRec's names of the layouts that a planner may choose for a table.
+
+    Args:
+        table: The table.
+        world_size: Number of ranks.
+        local_world_size: Number of ranks on each node.
+
+    Returns:
+        The names, `table_wise` always among them.
+    """
+    return [
+        name
+        for name, kind in LAYOUTS.items()
+        if why_not(table, kind(), world_size=world_size, local_world_size=local_world_size) is None
+    ]

@@ -1,0 +1,52 @@
+"""What both kinds of collection make of a table: TorchRec's config, and its optimizer."""
+
+from typing import Any
+
+import torchrec
+from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward
+from torchrec.modules.embedding_configs import DataType
+
+from shardemb.config import TableConfig
+from shardemb.modules.initial_values import InitialValues
+
+_DATA_TYPE = {"float32": DataType.FP32, "float16": DataType.FP16}
+
+
+def shared_fields(table: TableConfig, seed: int) -> dict[str, Any]:
+    """The fields that TorchRec's configs of both kinds have.
+
+    Args:
+        table: Our table.
+        seed: Of its initial values.
+
+    Returns:
+        Names and values.
+    """
+    return {
+        "name": table.name,
+        "num_embeddings": table.num_embeddings,
+        "embedding_dim": table.embedding_dim,
+        "feature_names": list(table.feature_names),
+        "data_type": _DATA_TYPE[table.dtype],
+        "init_fn": InitialValues(table.name, table.initial_values, seed),
+    }
+
+
+def attach_optimizer(weight: nn.Parameter, table: TableConfig) -> None:
+    """Tells the weight of an unsharded collection how it is to be trained, if at all.
+
+    A weight that is not on meta gets no optimizer, so that it trains as any torch parameter.
+
+    Args:
+        weight: Of the table.
+        table: Names the optimizer.
+    """
+    if not table.trainable:
+        weight.requires_grad_(False)  # noqa: FBT003
+    elif weight.is_meta:
+        _apply_optimizer_in_backward(
+            getattr(torchrec.optim, table.optimizer.torchrec_class),
+            [weight],
+            dict(vars(table.optimizer)),
+        )
