@@ -4,7 +4,9 @@ import functools
 import json
 from dataclasses import asdict, dataclass
 
+from shardemb.cluster import Cluster
 from shardemb.text import format_bytes, format_table
+from shardemb.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +78,24 @@ class ShardingPlan:
     """Which rank holds which rows of which table.
 
     Attributes:
-        world_size: Number of ranks that it is for.
-        num_nodes: Number of nodes, each with the same number of ranks.
+        cluster: The ranks that it is for.
+        workload: The batches that it is for.
         tables: One placement for each table.
     """
 
-    world_size: int
-    num_nodes: int
+    cluster: Cluster
+    workload: Workload
     tables: tuple[TablePlacement, ...]
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that it is for."""
+        return self.cluster.world_size
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes, each with the same number of ranks."""
+        return self.cluster.num_nodes
 
     @functools.cached_property
     def bytes_per_rank(self) -> list[int]:

@@ -13,12 +13,17 @@ from shardemb.layout_rules import why_not
 from shardemb.layouts import Layout
 from shardemb.modules.discovery import Table, find_collections
 from shardemb.placement import Shard, ShardingPlan, TablePlacement
-from shardemb.planner import choose_layouts, table_bytes_per_rank
+from shardemb.planner import choose_layouts, cluster_of, table_bytes_per_rank
 from shardemb.text import format_bytes
+from shardemb.workload import Workload
 
 
 def plan_sharding(
-    model: nn.Module, env: Env, layouts: Mapping[str, Layout] | None = None
+    model: nn.Module,
+    env: Env,
+    layouts: Mapping[str, Layout] | None = None,
+    *,
+    workload: Workload | None = None,
 ) -> ShardingPlan:
     """Decides which rank holds which rows: named layouts as named, the rest by TorchRec's planner.
 
@@ -27,6 +32,7 @@ def plan_sharding(
             have their optimizers attached.
         env: The ranks to plan for; those of this run, or made by hand for another machine.
         layouts: A layout for some or all tables, by table name.
+        workload: The batches to plan for; by default 512 samples a rank with one id a feature.
 
     Returns:
         The plan. Ranks of equal devices make the same one; `shard_modules` checks it.
@@ -74,7 +80,7 @@ def plan_sharding(
         for name, table in found.tables.items()
     ]
     made = ShardingPlan(
-        world_size=env.world_size, num_nodes=env.num_nodes, tables=tuple(placements)
+        cluster=cluster_of(env), workload=workload or Workload(), tables=tuple(placements)
     )
     _check_slices(made)
     _check_memory(made, table_bytes_per_rank(env))

@@ -21,6 +21,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ModuleSharder
 
+from shardemb.cluster import Cluster
 from shardemb.env import Env
 from shardemb.errors import RunError
 from shardemb.layout_rules import layouts_allowed
@@ -171,6 +172,23 @@ def topology_of(env: Env) -> Topology:
             hbm_cap_bytes=memory,
         ),
         kernel_config=KernelConfig(compute_device=env.device.type),
+    )
+
+
+def cluster_of(env: Env) -> Cluster:
+    """The ranks of a run as a cluster, as TorchRec's topology describes them."""
+    topology = topology_of(env)
+    on_cuda = env.device.type == "cuda"
+    storage = topology.devices[0].storage
+    return Cluster(
+        name="this run",
+        num_nodes=env.num_nodes,
+        ranks_per_node=env.local_world_size,
+        device="cuda" if on_cuda else "cpu",
+        memory_bytes=storage.hbm if on_cuda else storage.ddr,
+        memory_gb_per_s=(topology.hbm_mem_bw if on_cuda else topology.ddr_mem_bw) * 1e3 / 1e9,
+        intra_node_gb_per_s=topology.comms_bandwidths.intra_host_bw * 1e3 / 1e9,
+        inter_node_gb_per_s=topology.comms_bandwidths.inter_host_bw * 1e3 / 1e9,
     )
 
 
