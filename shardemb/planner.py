@@ -125,8 +125,7 @@ def choose_layouts(
         for name, layout in layouts.items()
         if isinstance(layout, TableWise) and layout.rank is not None
     }
-    num_fixed = len(rank_of) + sum(isinstance(layout, RowWise) for layout in layouts.values())
-    if num_fixed == len(tables):
+    if len(layouts) == len(tables) and all(layout.is_placed for layout in layouts.values()):
         return dict(layouts)
     planner = EmbeddingShardingPlanner(
         topology=topology_of(env),
