@@ -15,7 +15,7 @@ from shardemb.env import Env
 from shardemb.errors import RunError
 from shardemb.layouts import DataParallel
 from shardemb.modules.discovery import Collection, Table, find_collections
-from shardemb.optim.build import mark_replicated
+from shardemb.optim.replicated import mark_replicated
 from shardemb.outputs import (
     FinishPooled,
     FinishSequences,

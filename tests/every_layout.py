@@ -200,8 +200,10 @@ def optimizer_rows(
     for name, entry in state.items():
         if not name.endswith(key):
             continue
-        if name.startswith("replicated"):
-            return entry["sum"].expand_as(rows_RD)
+        whole = [value for value in entry.values() if not isinstance(value, ShardedTensor)]
+        if whole:
+            momentum = whole[0]
+            return momentum.view(len(momentum), -1).expand_as(rows_RD).clone()
         pieces += [
             (list(shard.metadata.shard_offsets), shard.tensor.clone())
             for value in entry.values()
