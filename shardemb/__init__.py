@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shardemb.env import init_distributed as init_distributed
     from shardemb.modules.embedding import EmbeddingCollection as EmbeddingCollection
     from shardemb.modules.embedding_bag import EmbeddingBagCollection as EmbeddingBagCollection
+    from shardemb.modules.from_torch import from_torch as from_torch
     from shardemb.optim.build import build_optimizer as build_optimizer
     from shardemb.pipeline import TrainPipeline as TrainPipeline
     from shardemb.placement import ShardingPlan as ShardingPlan
@@ -30,6 +31,7 @@ _HOME = {
     "TableConfig": "shardemb.config",
     "TrainPipeline": "shardemb.pipeline",
     "build_optimizer": "shardemb.optim.build",
+    "from_torch": "shardemb.modules.from_torch",
     "init_distributed": "shardemb.env",
     "keyed_jagged_tensor": "shardemb.data.batches",
     "latest_checkpoint": "shardemb.checkpoint",

@@ -40,6 +40,10 @@ LAYERS = (
         "modules.embedding_bag",
         "modules.embedding",
         "modules.discovery",
+        "modules.adapters",
+        "modules.by_path",
+        "modules.convertible",
+        "modules.from_torch",
     },
     {
         "workload",
