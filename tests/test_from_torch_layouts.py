@@ -1,9 +1,8 @@
 """Converted models, sharded in every layout, against the torch models in float64."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-import pytest
 import torch
 from torch import nn
 
@@ -12,7 +11,7 @@ from shardemb import layouts, optim
 from shardemb.env import Env
 from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
-from tests.every_layout import whole_table
+from tests.converted import torch_optimizer, weights_of
 from tests.spmd import spmd
 from tests.torch_lookups import PADDING, Lookups, batch_of, samples_of
 
@@ -42,11 +41,6 @@ def where_of(model: nn.Module, env: Env, layout: Layout) -> dict[str, Layout]:
     }
 
 
-def torch_optimizer(model: nn.Module, optimizer: SparseOptimizer) -> torch.optim.Optimizer:
-    kind = {optim.SGD: torch.optim.SGD, optim.Adagrad: torch.optim.Adagrad}[type(optimizer)]
-    return kind([p for p in model.parameters() if p.requires_grad], **vars(optimizer))
-
-
 def parts(env: Env, step: int) -> list[dict[str, torch.Tensor]]:
     """The global batch in float64, and this rank's part of it in float32."""
     sizes = SIZES[env.world_size]
@@ -54,17 +48,6 @@ def parts(env: Env, step: int) -> list[dict[str, torch.Tensor]]:
     first = sum(sizes[: env.rank])
     mine = samples[first : first + sizes[env.rank]]
     return [batch_of(samples, torch.float64), batch_of(mine, torch.float32)]
-
-
-def weights_of(model: nn.Module, reference: nn.Module) -> Mapping[str, torch.Tensor]:
-    """The whole tables of a converted model, by the names that the torch model has for them."""
-    like = reference.state_dict()
-    return {
-        (name := key.partition(".collection.")[0] + ".weight"): whole_table(
-            weight, torch.zeros(like[name].shape, dtype=weight.dtype)
-        )
-        for key, weight in model.state_dict().items()
-    }
 
 
 def check(env: Env, optimizer: SparseOptimizer, layout: Layout) -> None:

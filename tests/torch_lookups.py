@@ -81,11 +81,11 @@ class Lookups(nn.Module):
         self.rows = nn.Embedding(NUM_EMBEDDINGS, width, padding_idx=PADDING)
         self.frozen_rows = nn.Embedding(NUM_EMBEDDINGS, width)
         for module in (self.bags["frozen"], self.frozen_rows):
-            module.weight.requires_grad_(False)
+            module.requires_grad_(False)
         with torch.no_grad():  # torch zeroes them at first, which then nobody would notice
             self.rows.weight[PADDING] = 0.5
-            for module in self.bags.values():
-                module.weight[PADDING] = 0.25
+            for weight in self.bags.parameters():
+                weight[PADDING] = 0.25
 
     def outputs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What each lookup returns, [B, D] or [B, L, D]."""

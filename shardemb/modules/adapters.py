@@ -168,8 +168,11 @@ class AdaptedEmbeddingBag(_Adapter):
 
     def _weights(self, ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor | None:
         """A weight for each id where the collection is weighted, 1 where none are given."""
+        is_sharded = _whole_weight(self.collection) is None
+        dtype = torch.float32 if is_sharded else self.row_dtype  # as FBGEMM and torch want it
         if weights is None:
-            return torch.ones(ids.numel(), device=ids.device) if self.is_weighted else None
+            ones = torch.ones(ids.numel(), dtype=dtype, device=ids.device)
+            return ones if self.is_weighted else None
         if not self.is_weighted:
             self._refuse(
                 "per_sample_weights are given, and its table is not made for them; name it in "
@@ -186,7 +189,7 @@ class AdaptedEmbeddingBag(_Adapter):
                 "detach() them, or leave the module to torch by from_torch(..., "
                 f"skip=({self.path!r},))"
             )
-        return weights.reshape(-1).float()
+        return weights.reshape(-1).to(dtype)
 
 
 class AdaptedEmbedding(_Adapter):
