@@ -209,7 +209,7 @@ class AdaptedEmbedding(_Adapter):
         """
         self._check_ids(input)
         ids_N = input.reshape(-1)
-        samples = max(1, *input.shape[:1])
+        samples = max(1, input.shape[0] if input.dim() else 1)
         lengths_B = torch.full((samples,), len(ids_N) // samples, device=input.device)
         batch = _one_feature(self.path, ids_N, lengths_B, None)
         rows_ND: torch.Tensor = self._looked_up(batch)[feature_of(self.path)].values()
