@@ -134,11 +134,14 @@ def test_sharded_modules_are_known_to_all_that_refers_to_them(env: Env) -> None:
     torch.manual_seed(0)
     model = Ratings()
     plain = copy.deepcopy(model)
+    shapes = []
+    model.user.register_forward_hook(lambda module, args, out: shapes.append(out.shape))  # noqa: ARG005
     sharded = shard(se.from_torch(model, SGD), env)
     pipeline = se.TrainPipeline(sharded, se.build_optimizer(sharded), env)
     expected = plain(ratings())
     ((_, loss),) = pipeline.run([ratings()], 1)
     torch.testing.assert_close(loss.float(), expected, rtol=1e-6, atol=1e-6)
+    assert shapes == [(2, 4)]
     assert (model.user.mode, model.item.num_embeddings) == ("sum", 7)
     assert "AdaptedEmbeddingBag" in repr(model)
     with pytest.raises(AttributeError, match="module 'item' is sharded and has no whole weight"):

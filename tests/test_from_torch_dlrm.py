@@ -2,6 +2,8 @@
 
 import copy
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 import shardemb as se
 from shardemb import layouts, optim
 from shardemb.env import Env
+from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
 from tests.classic_dlrm import ClassicDLRM, clicks_of
 from tests.converted import torch_optimizer, weights_of
@@ -77,6 +80,35 @@ def check(env: Env, optimizer: SparseOptimizer) -> None:
     for name, weight in plain.state_dict().items():
         assert not torch.equal(weight.float(), before[name])
         torch.testing.assert_close(after[name].double(), weight, rtol=1e-4, atol=1e-5)
+
+
+@spmd(world_size=2)
+def test_a_checkpoint_of_a_converted_model_opens_in_another_layout(
+    env: Env, tmp_path: Path
+) -> None:
+    def trained(seed: int, layout: Layout, num_steps: int) -> tuple[nn.Module, Any, list[float]]:
+        torch.manual_seed(seed)
+        model = se.from_torch(ClassicDLRM(ROWS, 8, NUM_DENSE), optim.Adagrad(lr=0.05))
+        where = {f"emb_l_{table}": layout for table in range(4)}
+        sharded = se.shard_modules(model, se.plan_sharding(model, env, where), env)
+        optimizer = se.build_optimizer(sharded, dense=lambda p: torch.optim.SGD(p, lr=0.1))
+        loader = (clicks(0, range(NUM_SAMPLES), dtype=torch.float32) for _ in range(num_steps))
+        steps = se.TrainPipeline(sharded, optimizer, env).run(loader, num_steps)
+        return sharded, optimizer, [float(loss) for _, loss in steps]
+
+    model, optimizer, losses = trained(0, layouts.row_wise(), 1)
+    se.save_checkpoint(tmp_path / "1", model, optimizer, step=1)
+    other, other_optimizer, other_losses = trained(1, layouts.column_wise([1, 0]), 1)
+    assert other_losses != losses
+    assert se.load_checkpoint(tmp_path / "1", other, other_optimizer) == 1
+    batch = clicks(1, range(NUM_SAMPLES), dtype=torch.float32)
+    for _ in range(2):  # the second after a step, for which Adagrad's rows count
+        both = [each(batch) for each in (model, other)]
+        torch.testing.assert_close(both[1], both[0], rtol=1e-6, atol=1e-6)
+        for loss, each in zip(both, (optimizer, other_optimizer), strict=True):
+            each.zero_grad()
+            loss.backward()
+            each.step()
 
 
 @spmd(world_size=1)
