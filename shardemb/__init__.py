@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from shardemb.checkpoint import load_checkpoint as load_checkpoint
     from shardemb.checkpoint import save_checkpoint as save_checkpoint
     from shardemb.config import TableConfig as TableConfig
+    from shardemb.data.bag_forms import Offsets as Offsets
+    from shardemb.data.batches import Batcher as Batcher
     from shardemb.data.batches import keyed_jagged_tensor as keyed_jagged_tensor
     from shardemb.env import Env as Env
     from shardemb.env import init_distributed as init_distributed
@@ -23,9 +25,11 @@ __version__ = "0.1.0"
 
 # Imported when first used: torch and TorchRec take seconds, and a login node may have neither.
 _HOME = {
+    "Batcher": "shardemb.data.batches",
     "Env": "shardemb.env",
     "EmbeddingBagCollection": "shardemb.modules.embedding_bag",
     "EmbeddingCollection": "shardemb.modules.embedding",
+    "Offsets": "shardemb.data.bag_forms",
     "ShardingPlan": "shardemb.placement",
     "TableConfig": "shardemb.config",
     "TrainPipeline": "shardemb.pipeline",
