@@ -12,6 +12,7 @@ from torch.utils.data import get_worker_info
 from shardemb.config import OutOfRange
 from shardemb.env import Env
 
+_DONE = {"drop": "dropped", "clamp": "clamped", "hash": "hashed", "oov_row": "oov"}
 _NUM_WRITERS = 65  # this process, and as many workers of a DataLoader as count without a race
 
 
@@ -98,3 +99,46 @@ class IdCounts:
                 self._policies.items(), counts_F2.tolist(), strict=True
             )
         }
+
+
+def changes_of(counts: Mapping[str, IdCount]) -> dict[str, dict[str, int]]:
+    """The features of which ids were changed, as plain numbers for a log.
+
+    Args:
+        counts: By feature.
+
+    Returns:
+        For each such feature `num_ids`, and the ids that were `dropped`, `clamped`, `hashed` or
+        `oov` (sent to the last row).
+
+    Example:
+        >>> changes_of({"clicked": IdCount(out_of_range="drop", num_ids=5, num_changed=2)})
+        {'clicked': {'num_ids': 5, 'dropped': 2}}
+    """
+    return {
+        feature: {"num_ids": count.num_ids, _DONE[count.out_of_range]: count.num_changed}
+        for feature, count in counts.items()
+        if count.num_changed
+    }
+
+
+def describe_changes(counts: Mapping[str, IdCount]) -> str:
+    """How many ids were changed how, of the ids of all features, for people.
+
+    Args:
+        counts: By feature.
+
+    Returns:
+        Some words, or none where no id was changed.
+
+    Example:
+        >>> describe_changes({"clicked": IdCount(out_of_range="drop", num_ids=5000, num_changed=2)})
+        'ids: 2 of 5,000 dropped'
+    """
+    changed: dict[str, int] = {}
+    for change in changes_of(counts).values():
+        (done,) = change.keys() - {"num_ids"}
+        changed[done] = changed.get(done, 0) + change[done]
+    num_ids = sum(count.num_ids for count in counts.values())
+    words = ", ".join(f"{number:,} of {num_ids:,} {done}" for done, number in changed.items())
+    return f"ids: {words}" if words else ""
