@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from shardemb.data.bag_forms import Offsets as Offsets
     from shardemb.data.batches import Batcher as Batcher
     from shardemb.data.batches import keyed_jagged_tensor as keyed_jagged_tensor
+    from shardemb.data.profile import DataProfile as DataProfile
+    from shardemb.data.profile_counter import profile_batches as profile_batches
+    from shardemb.data.profile_file import load_profile as load_profile
+    from shardemb.data.profile_file import save_profile as save_profile
     from shardemb.env import Env as Env
     from shardemb.env import init_distributed as init_distributed
     from shardemb.modules.embedding import EmbeddingCollection as EmbeddingCollection
@@ -26,6 +30,7 @@ __version__ = "0.1.0"
 # Imported when first used: torch and TorchRec take seconds, and a login node may have neither.
 _HOME = {
     "Batcher": "shardemb.data.batches",
+    "DataProfile": "shardemb.data.profile",
     "Env": "shardemb.env",
     "EmbeddingBagCollection": "shardemb.modules.embedding_bag",
     "EmbeddingCollection": "shardemb.modules.embedding",
@@ -38,8 +43,11 @@ _HOME = {
     "keyed_jagged_tensor": "shardemb.data.batches",
     "latest_checkpoint": "shardemb.checkpoint",
     "load_checkpoint": "shardemb.checkpoint",
+    "load_profile": "shardemb.data.profile_file",
     "plan_sharding": "shardemb.plan",
+    "profile_batches": "shardemb.data.profile_counter",
     "save_checkpoint": "shardemb.checkpoint",
+    "save_profile": "shardemb.data.profile_file",
     "shard_modules": "shardemb.shard",
 }
 __all__ = list(_HOME)

@@ -39,6 +39,9 @@ LAYERS = (
         "data.guarded_forward",
         "data.batches",
         "data.profile",
+        "data.profile_counter",
+        "data.profile_file",
+        "data.click_log_profile",
     },
     {
         "modules",
@@ -71,7 +74,7 @@ LAYERS = (
         "recipes.progress",
         "recipes.dlrm",
     },
-    {"cli"},
+    {"data_command", "cli"},
     {"__main__"},
 )
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
