@@ -59,7 +59,8 @@ class SequenceSharder(_AllLayouts, EmbeddingCollectionSharder):  # type: ignore[
 
 def make_sharders() -> list[ModuleSharder[nn.Module]]:
     """Sharders of both kinds of collection."""
-    return [PooledSharder(), SequenceSharder()]
+    options = {"stochastic_rounding": False}  # of float16 rows on CUDA: CPU knows only the nearest
+    return [PooledSharder(options), SequenceSharder(options)]
 
 
 class _NamedRanksFirst(GreedyPerfPartitioner):  # type: ignore[misc]
@@ -125,8 +126,7 @@ def choose_layouts(
         for name, layout in layouts.items()
         if isinstance(layout, TableWise) and layout.rank is not None
     }
-    num_fixed = len(rank_of) + sum(isinstance(layout, RowWise) for layout in layouts.values())
-    if num_fixed == len(tables):
+    if len(layouts) == len(tables) and all(layout.is_placed for layout in layouts.values()):
         return dict(layouts)
     planner = EmbeddingShardingPlanner(
         topology=topology_of(env),
