@@ -39,7 +39,8 @@ def keyed_jagged_tensor(
             each bag begins, or `Offsets`, which may say that a last offset follows;
             a NumPy array of objects [B], each a bag;
             an Arrow column of lists, in which a null is no id, or of one id a sample.
-            Ids are integers, or strings for tables that hash.
+            Ids are integers, or strings for tables that hash. Only arrays [B, L] are padded: in a
+            list of bags every number is an id.
         tables: The tables that the batch will look up, ours or TorchRec's.
         weights: For each feature a weight in the place of each id, in the same form; with offsets,
             the weights [N] alone will do. None if no table is weighted.
