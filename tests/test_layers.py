@@ -48,6 +48,7 @@ LAYERS = (
         "geometry",
         "layout_rules",
         "placement",
+        "traffic",
         "planner",
         "plan",
         "torchrec_plan",
