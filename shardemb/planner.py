@@ -125,8 +125,7 @@ def choose_layouts(
         for name, layout in layouts.items()
         if isinstance(layout, TableWise) and layout.rank is not None
     }
-    given = (vars(layout) for layout in layouts.values())
-    if len(layouts) == len(tables) and not any(None in fields.values() for fields in given):
+    if len(layouts) == len(tables) and all(layout.is_placed for layout in layouts.values()):
         return dict(layouts)
     planner = EmbeddingShardingPlanner(
         topology=topology_of(env),

@@ -122,8 +122,8 @@ def load_from_others(env: Env, folder: str) -> None:
 def test_a_checkpoint_of_two_ranks_opens_at_other_sizes_and_layouts(
     tmp_path: Path, world_size: int
 ) -> None:
-    run_ranks(__name__, "save_for_others", 2, {"folder": str(tmp_path)})
-    run_ranks(__name__, "load_from_others", world_size, {"folder": str(tmp_path)})
+    run_ranks(save_for_others, (2, 1), {"folder": str(tmp_path)})
+    run_ranks(load_from_others, (world_size, 1), {"folder": str(tmp_path)})
 
 
 @spmd(world_size=2)
