@@ -15,7 +15,7 @@ from shardemb.env import Env
 from shardemb.errors import RunError
 from shardemb.layouts import DataParallel
 from shardemb.modules.discovery import Collection, Table, find_collections
-from shardemb.optim.build import mark_replicated
+from shardemb.optim.replicated import mark_replicated
 from shardemb.outputs import (
     FinishPooled,
     FinishSequences,
@@ -97,7 +97,7 @@ def shard_modules(
             is_weighted=collection.is_weighted,
         )
         guard = GuardedForward(limits, check_ids=check_ids)
-        module.register_forward_pre_hook(guard)
+        module.register_forward_pre_hook(guard, with_kwargs=True)
         outputs = outputs_of(collection, layout_of)
         if not collection.is_pooled:
             module.register_forward_hook(FinishSequences(outputs))

@@ -1,46 +1,18 @@
 """One optimizer object for the fused and the dense parameters of a sharded model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torchrec
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from shardemb.optim.configs import SGD, Adagrad, RowWiseAdagrad, SparseOptimizer
+from shardemb.optim.replicated import is_replicated, replicated_optimizer
 
-FUSED, DENSE, REPLICATED = "fused", "dense", "replicated"
+FUSED, DENSE = "fused", "dense"
 """Prefixes of the parameter names in the combined optimizer."""
-
-
-_REPLICATED = "_shardemb_optimizer"
-_TORCH_CLASS: dict[type[SparseOptimizer], type[torch.optim.Optimizer]] = {
-    SGD: torch.optim.SGD,
-    Adagrad: torch.optim.Adagrad,
-    RowWiseAdagrad: torchrec.optim.RowWiseAdagrad,
-}
-"""Dense optimizers that compute the same as the fused ones: a row without a gradient stays."""
-
-
-def mark_replicated(
-    weight: nn.Parameter, optimizer: type[SparseOptimizer], options: Mapping[str, Any]
-) -> None:
-    """Notes on a data-parallel table how it is trained: `build_optimizer` reads it.
-
-    Args:
-        weight: The whole table on this rank.
-        optimizer: What trains it.
-        options: The fields of that: "lr" and for some "eps".
-    """
-    setattr(weight, _REPLICATED, (_TORCH_CLASS[optimizer], dict(options)))
-
-
-def _replicated_optimizer(name: str, weight: nn.Parameter) -> KeyedOptimizerWrapper:
-    kind, options = getattr(weight, _REPLICATED)
-    return KeyedOptimizerWrapper({name: weight}, lambda weights: kind(weights, **options))
 
 
 def build_optimizer(
@@ -69,11 +41,12 @@ def build_optimizer(
             f"{type(model).__name__}"
         )
     parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
-    optimizers: list[Any] = [(FUSED, model.fused_optimizer)]
-    replicated = [name for name in parameters if hasattr(parameters[name], _REPLICATED)]
-    for name in replicated:
-        weight = parameters.pop(name)
-        optimizers.append((f"{REPLICATED}.{name}", _replicated_optimizer(name, weight)))
+    replicated = [
+        replicated_optimizer(name, parameters.pop(name))
+        for name, weight in list(parameters.items())
+        if is_replicated(weight)
+    ]
+    optimizers: list[Any] = [(FUSED, CombinedOptimizer([model.fused_optimizer, *replicated]))]
     if parameters:
         if dense is None:
             raise ValueError(
