@@ -52,6 +52,7 @@ class Traffic:
         lookups_TW: Ids that are looked up on each rank, float64 [T, W].
         shared_bytes_W: Bytes that each rank sends for no table in particular, float64 [W]: the
             sizes of what follows.
+        num_holders_T: How many ranks hold rows of each table, float64 [T].
     """
 
     tables: tuple[str, ...]
@@ -59,6 +60,7 @@ class Traffic:
     activation_bytes_TW: Floats
     lookups_TW: Floats
     shared_bytes_W: Floats
+    num_holders_T: Floats
 
     @property
     def sent_bytes_W(self) -> Floats:  # noqa: N802 - its shape
@@ -72,10 +74,9 @@ class Traffic:
 
         1 where all are equally busy, and where nothing is looked up.
         """
-        holders_T = (self.lookups_TW > 0).sum(1)
         total_T = self.lookups_TW.sum(1)
         skew_T: Floats = np.divide(
-            self.lookups_TW.max(1, initial=0.0) * holders_T,
+            self.lookups_TW.max(1, initial=0.0) * self.num_holders_T,
             total_T,
             out=np.ones(len(self.tables)),
             where=total_T > 0,
@@ -125,6 +126,9 @@ def traffic_of(plan: ShardingPlan) -> Traffic:
         activation_bytes_TW=activations,
         lookups_TW=lookups,
         shared_bytes_W=_shared_bytes(plan),
+        num_holders_T=np.array(
+            [len({shard.rank for shard in table.shards}) for table in plan.tables], np.float64
+        ),
     )
 
 

@@ -125,6 +125,18 @@ def test_lookups_follow_the_profile(block_rows: int) -> None:
     assert traffic.skew_T[0] > 1.2
 
 
+def test_skew_counts_the_ranks_that_nobody_asks() -> None:
+    features = {"user": profile_of(np.arange(8), 40)}  # all in the first of four shards
+    workload = Workload(
+        profile=DataProfile(source="low ids", features=features), ids_per_sample={"item": 0}
+    )
+    model = se.EmbeddingBagCollection(TABLES[:1])
+    where: dict[str, Layout] = {"a": layouts.row_wise()}
+    traffic = traffic_of(se.plan_sharding(model, Env(world_size=4), where, workload=workload))
+    assert traffic.lookups_TW.tolist() == [[4 * 512, 0, 0, 0]]
+    assert traffic.skew_T.tolist() == [4]
+
+
 def test_even_layouts_and_tables_that_nobody_asks_have_no_skew() -> None:
     where: dict[str, Layout] = {
         "a": layouts.column_wise([1, 3]),
