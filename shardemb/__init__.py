@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from shardemb.checkpoint import latest_checkpoint as latest_checkpoint
     from shardemb.checkpoint import load_checkpoint as load_checkpoint
     from shardemb.checkpoint import save_checkpoint as save_checkpoint
+    from shardemb.collectives import CollectiveCounter as CollectiveCounter
     from shardemb.config import TableConfig as TableConfig
     from shardemb.data.bag_forms import Offsets as Offsets
     from shardemb.data.batches import Batcher as Batcher
@@ -24,19 +25,23 @@ if TYPE_CHECKING:
     from shardemb.placement import ShardingPlan as ShardingPlan
     from shardemb.plan import plan_sharding as plan_sharding
     from shardemb.shard import shard_modules as shard_modules
+    from shardemb.traffic import Traffic as Traffic
+    from shardemb.traffic import traffic_of as traffic_of
 
 __version__ = "0.1.0"
 
 # Imported when first used: torch and TorchRec take seconds, and a login node may have neither.
 _HOME = {
     "Batcher": "shardemb.data.batches",
+    "CollectiveCounter": "shardemb.collectives",
     "DataProfile": "shardemb.data.profile",
-    "Env": "shardemb.env",
     "EmbeddingBagCollection": "shardemb.modules.embedding_bag",
     "EmbeddingCollection": "shardemb.modules.embedding",
+    "Env": "shardemb.env",
     "Offsets": "shardemb.data.bag_forms",
     "ShardingPlan": "shardemb.placement",
     "TableConfig": "shardemb.config",
+    "Traffic": "shardemb.traffic",
     "TrainPipeline": "shardemb.pipeline",
     "build_optimizer": "shardemb.optim.build",
     "init_distributed": "shardemb.env",
@@ -49,6 +54,7 @@ _HOME = {
     "save_checkpoint": "shardemb.checkpoint",
     "save_profile": "shardemb.data.profile_file",
     "shard_modules": "shardemb.shard",
+    "traffic_of": "shardemb.traffic",
 }
 __all__ = list(_HOME)
 

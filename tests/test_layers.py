@@ -11,7 +11,17 @@ ROOT = Path(__file__).parents[1]
 # Lowest first; a file may import from its own layer and from those before it.
 LAYERS = (
     {
-        *("shardemb", "text", "errors", "env", "agree", "optim.configs", "optim", "init"),
+        *(
+            "shardemb",
+            "text",
+            "errors",
+            "env",
+            "agree",
+            "collectives",
+            "optim.configs",
+            "optim",
+            "init",
+        ),
         "doctor",
         "doctor.__main__",
         "doctor.diagnosis",
@@ -58,6 +68,7 @@ LAYERS = (
         "geometry",
         "layout_rules",
         "placement",
+        "traffic",
         "planner",
         "plan",
         "torchrec_plan",
