@@ -11,7 +11,17 @@ ROOT = Path(__file__).parents[1]
 # Lowest first; a file may import from its own layer and from those before it.
 LAYERS = (
     {
-        *("shardemb", "text", "errors", "env", "agree", "optim.configs", "optim", "init"),
+        *(
+            "shardemb",
+            "text",
+            "errors",
+            "env",
+            "agree",
+            "collectives",
+            "optim.configs",
+            "optim",
+            "init",
+        ),
         "doctor",
         "doctor.__main__",
         "doctor.diagnosis",
@@ -28,10 +38,20 @@ LAYERS = (
         "data.criteo",
         "data.click_log",
         "data.generated",
+        "data.id_hash",
+        "data.bag_values",
+        "data.arrow",
+        "data.bag_forms",
+        "data.bags",
+        "data.id_policies",
+        "data.id_counts",
         "data.id_guard",
         "data.guarded_forward",
         "data.batches",
         "data.profile",
+        "data.profile_counter",
+        "data.profile_file",
+        "data.click_log_profile",
     },
     {
         "modules",
@@ -52,6 +72,7 @@ LAYERS = (
         "geometry",
         "layout_rules",
         "placement",
+        "traffic",
         "planner",
         "plan",
         "torchrec_plan",
@@ -68,7 +89,7 @@ LAYERS = (
         "recipes.progress",
         "recipes.dlrm",
     },
-    {"cli"},
+    {"data_command", "cli"},
     {"__main__"},
 )
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
