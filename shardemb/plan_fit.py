@@ -1,0 +1,168 @@
+"""Whether a plan of a file still fits: the model's tables, the ranks and their memory."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from shardemb.cluster import Cluster
+from shardemb.env import Env
+from shardemb.layout_rules import why_not
+from shardemb.modules.discovery import Collection, Table, find_collections
+from shardemb.placement import ShardingPlan, TablePlacement
+from shardemb.plan_file import read_plan
+from shardemb.plan_shards import layout_of
+from shardemb.plan_text import describe_ranks
+from shardemb.planner import cluster_of, table_bytes_per_rank
+from shardemb.text import format_bytes
+
+_SHOWN = 10
+
+
+def load_plan(path: str | Path, model: nn.Module, env: Env | Cluster) -> ShardingPlan:
+    """Reads a plan that `ShardingPlan.save` wrote, if it still fits the model and the ranks.
+
+    Args:
+        path: The file.
+        model: The model to shard, as for `plan_sharding`.
+        env: The ranks, as for `plan_sharding`.
+
+    Returns:
+        The plan, equal to the one that was saved.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged or of another format, or the plan no longer fits: tables
+            were added, removed, renamed or changed, the ranks are others or have too little memory,
+            or a table may not have its layout. The message lists what changed.
+
+    Example:
+        >>> import pathlib, tempfile, shardemb as se
+        >>> table = se.TableConfig(
+        ...     name="user", num_embeddings=1000, embedding_dim=64, feature_names=("user_id",)
+        ... )
+        >>> model = se.EmbeddingBagCollection([table])
+        >>> plan = se.plan_sharding(model, se.Env(world_size=2))
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "plan.json")
+        >>> plan.save(path)
+        >>> load_plan(path, model, se.Env(world_size=2)) == plan
+        True
+    """
+    plan = read_plan(path)
+    changes = changes_since(plan, model, env)
+    if not changes:
+        return plan
+    shown = [f"  {change}" for change in changes[:_SHOWN]]
+    if len(changes) > _SHOWN:
+        shown.append(f"  and {len(changes) - _SHOWN} more")
+    lines = "\n".join(shown)
+    raise ValueError(
+        f"the plan in {path} no longer fits:\n{lines}\nplan again, or change back what changed"
+    )
+
+
+def changes_since(plan: ShardingPlan, model: nn.Module, env: Env | Cluster) -> list[str]:
+    """Why a plan does not fit a model and ranks.
+
+    Args:
+        plan: The plan.
+        model: The model.
+        env: The ranks.
+
+    Returns:
+        A line for each reason; none if it fits.
+
+    Raises:
+        ValueError: The model has no collection, or one that is not supported.
+    """
+    found = {
+        name: (collection, table)
+        for collection in find_collections(model).values()
+        for name, table in collection.tables.items()
+    }
+    return [
+        *_changes_of_ranks(plan, env),
+        *_changes_of_names(plan, {name: _declared(*each) for name, each in found.items()}),
+        *(
+            change
+            for placed in plan.tables
+            if placed.table in found
+            for change in _changes_of_table(placed, *found[placed.table], plan.cluster)
+        ),
+    ]
+
+
+def _changes_of_ranks(plan: ShardingPlan, env: Env | Cluster) -> list[str]:
+    cluster = cluster_of(env) if isinstance(env, Env) else env
+    if (plan.world_size, plan.num_nodes) != (cluster.world_size, cluster.num_nodes):
+        return [f"it is for {describe_ranks(plan.cluster)}, there are {describe_ranks(cluster)}"]
+    limit = table_bytes_per_rank(env)
+    fullest = max(range(plan.world_size), key=plan.bytes_per_rank.__getitem__)
+    if plan.bytes_per_rank[fullest] <= limit:
+        return []
+    return [
+        f"rank {fullest} would hold {format_bytes(plan.bytes_per_rank[fullest])} of tables and "
+        f"optimizer state, and has {format_bytes(limit)} for them"
+    ]
+
+
+def _changes_of_names(plan: ShardingPlan, declared: dict[str, dict[str, Any]]) -> list[str]:
+    """Tables that came, went, or have the same fields under another name."""
+    gone = {table.table: _planned(table) for table in plan.tables if table.table not in declared}
+    planned = {table.table for table in plan.tables}
+    new = {name: fields for name, fields in declared.items() if name not in planned}
+    changes = []
+    for name, fields in gone.items():
+        same = [other for other in new if new[other] == fields]
+        if same:
+            (now,) = difflib.get_close_matches(name, same, n=1, cutoff=0)
+            del new[now]
+            changes.append(f"table {name!r} is called {now!r} now")
+        else:
+            changes.append(f"table {name!r} is no longer in the model")
+    return changes + [f"table {name!r} is in the model, and not in the plan" for name in new]
+
+
+def _changes_of_table(
+    placed: TablePlacement, collection: Collection, table: Table, cluster: Cluster
+) -> list[str]:
+    declared, planned = _declared(collection, table), _planned(placed)
+    changes = [
+        f"table {placed.table!r}: {name} is {declared[name]!r}, the plan was made for "
+        f"{planned[name]!r}"
+        for name in declared
+        if declared[name] != planned[name]
+    ]
+    if changes:
+        return changes
+    layout = layout_of(placed, cluster)
+    assert layout is not None  # of a file
+    reason = why_not(
+        table,
+        layout,
+        world_size=cluster.world_size,
+        local_world_size=cluster.ranks_per_node,
+    )
+    return [f"table {placed.table!r}: {reason}"] if reason else []
+
+
+def _declared(collection: Collection, table: Table) -> dict[str, Any]:
+    """What a plan says of a table beside its name and where it lies, as the model has it."""
+    return {
+        "module": collection.path,
+        "feature_names": tuple(table.config.feature_names),
+        "num_embeddings": table.config.num_embeddings,
+        "embedding_dim": table.config.embedding_dim,
+        "dtype": table.dtype,
+        "pooling": table.pooling,
+        "is_weighted": table.is_weighted,
+        "trainable": table.trainable,
+        "optimizer": table.optimizer.__name__ if table.trainable else "none",
+    }
+
+
+def _planned(table: TablePlacement) -> dict[str, Any]:
+    """The same, as the plan has it."""
+    own = {"table", "layout", "chosen_by", "shards"}
+    return {name: value for name, value in vars(table).items() if name not in own}
