@@ -56,6 +56,11 @@ class PlanCosts:
         total_W: Floats = self.lookups_TW.sum(0)
         return total_W
 
+    @property
+    def loads(self) -> dict[str, Floats]:
+        """What should be even over the ranks: "memory", bytes "sent" and "lookups", each [W]."""
+        return {"memory": self.memory_W, "sent": self.sent_bytes_W, "lookups": self.lookups_W}
+
 
 def costs_of(plan: ShardingPlan) -> PlanCosts:
     """What a plan costs each rank.
@@ -123,22 +128,6 @@ def row_skew(table: TablePlacement, lookups_W: Floats) -> float | None:
     return imbalance(lookups_W[sorted({shard.rank for shard in table.shards})])
 
 
-def imbalances(costs: PlanCosts) -> dict[str, float]:
-    """The imbalance of memory, of bytes sent and of lookups.
-
-    Args:
-        costs: Of a plan.
-
-    Returns:
-        By what is out of balance.
-    """
-    return {
-        "memory": imbalance(costs.memory_W),
-        "sent_bytes": imbalance(costs.sent_bytes_W),
-        "lookups": imbalance(costs.lookups_W),
-    }
-
-
 def costs_to_json(plan: ShardingPlan) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
     """The costs as lists and numbers.
 
@@ -146,7 +135,7 @@ def costs_to_json(plan: ShardingPlan) -> tuple[dict[str, list[dict[str, Any]]], 
         plan: The plan.
 
     Returns:
-        Costs by "tables" and by "ranks", and the imbalances.
+        Costs by "tables" and by "ranks", and the imbalance of each load.
 
     Raises:
         ValueError: The workload's profile has ids that a table does not have.
@@ -174,4 +163,6 @@ def costs_to_json(plan: ShardingPlan) -> tuple[dict[str, list[dict[str, Any]]], 
         {"rank": rank} | {name: column[rank] for name, column in of_ranks.items()}
         for rank in range(plan.world_size)
     ]
-    return {"tables": tables, "ranks": ranks}, imbalances(costs)
+    return {"tables": tables, "ranks": ranks}, {
+        name: imbalance(load_W) for name, load_W in costs.loads.items()
+    }

@@ -1,10 +1,12 @@
 """A plan as a page for the browser: what each rank bears, stacked by table. Needs no network."""
 
-# T tables, G groups of tables that share a colour, W ranks
+# T tables, P parts of a bar, W ranks
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
+from typing import Any
 
 import numpy as np
 
@@ -15,18 +17,22 @@ from shardemb.plan_text import (
     balance_cells,
     describe_plan,
     rank_cells,
+    say_load,
     skew_cells,
     table_cells,
 )
-from shardemb.svg_bars import Bars, axis_svg, bars_svg
+from shardemb.svg_bars import Bars, axis_svg, bars_svg, chart_width
 from shardemb.text import format_bytes
 
 _COLOURS = (
     *("#3b82c4", "#e0892b", "#3fa66b", "#cb5250", "#8d70c6", "#b0803f"),
     *("#d06fa8", "#7b9a2e", "#2fa3ad", "#bfa31c", "#6270d4"),
 )
-_OTHERS = "#8b8d92"
+_OTHERS, _OTHERS_TOO = "#85878d", "#96989e"
 _FEW_COLOURS, _MANY_RANKS = 6, 128
+_NARROWEST_CHART = 380
+_MOST_PARTS = 5_000
+"""Of a chart; beyond that the tables that share a colour are one part of a bar."""
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --soft: #62666d; --page: #ffffff;
   --line: #dcdfe4; --limit: #c02626; }
@@ -44,6 +50,8 @@ p { margin: 2px 0 8px; color: var(--soft); }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
 svg .grid, svg .node { stroke: var(--line); stroke-width: 1; } svg text.node { stroke: none; }
 svg .mean { stroke: var(--text); stroke-width: 1.2; stroke-dasharray: 5 4; }
+.charts { display: flex; flex-wrap: wrap; column-gap: 40px; }
+.charts section { max-width: 100%; }
 svg .limit { stroke: var(--limit); stroke-width: 1.5; }
 rect:hover { opacity: .72; }
 .cells { overflow: auto; max-height: 640px; }
@@ -86,7 +94,9 @@ def plan_to_html(plan: ShardingPlan) -> str:
         f"<h1>Sharding {escape(title)}</h1>",
         *(f"<p>{escape(line)}</p>" for line in more),
         _legend(groups),
+        '<div class="charts">',
         *_charts(plan, costs, groups),
+        "</div>",
         "<h2>Balance</h2>",
         _table(balance_cells(costs)),
         *_skews(plan, costs),
@@ -123,10 +133,15 @@ def _groups(plan: ShardingPlan, costs: PlanCosts) -> _Groups:
 
 
 def _colour_rules(groups: _Groups) -> str:
-    return "".join(
-        f".g{group} {{ fill: {colour}; background: {colour}; }}\n"
+    """A rule for each group; parts that have no colour of their own take turns with two greys."""
+    rules = [
+        f".g{group} {{ fill: {colour}; background: {colour}; }}"
         for group, colour in enumerate([*groups.colours, _OTHERS])
-    )
+    ]
+    if groups.colours[-1:] == [_OTHERS]:
+        last = len(groups.colours) - 1
+        rules.append(f"rect.g{last}:nth-of-type(even) {{ fill: {_OTHERS_TOO}; }}")
+    return "\n".join([*rules, ""])
 
 
 def _legend(groups: _Groups) -> str:
@@ -141,45 +156,57 @@ def _charts(plan: ShardingPlan, costs: PlanCosts, groups: _Groups) -> list[str]:
     shared_W = costs.sent_bytes_W - costs.sent_bytes_TW.sum(0)
     memory = format_bytes(plan.cluster.memory_bytes)
     charts = (
-        ("Memory", f"weights and optimizer state, of {memory} a rank", costs.memory_TW, None),
-        ("Sent", "bytes that leave a rank in a step", costs.sent_bytes_TW, shared_W),
-        ("Lookups", "rows that are looked up on a rank in a step", costs.lookups_TW, None),
+        ("memory", f"weights and optimizer state, of {memory} a rank", costs.memory_TW, None),
+        ("sent", "bytes that leave a rank in a step", costs.sent_bytes_TW, shared_W),
+        ("lookups", "rows that are looked up on a rank in a step", costs.lookups_TW, None),
     )
+    tables = [table.table for table in plan.tables]
     return [
         _chart(
-            f"{name}: {what}",
+            f"{name.capitalize()}: {what}",
             Bars(
-                amounts_GW=_by_group(amount_TW, groups, rest_W),
-                group_names=[*groups.names, "sizes of what follows"],
+                **_parts(amount_TW, rest_W, tables, groups),
                 ranks_per_node=plan.cluster.ranks_per_node,
-                say=_count if name == "Lookups" else format_bytes,
-                is_binary=name != "Lookups",
-                limit=plan.cluster.memory_bytes if name == "Memory" else None,
+                say=partial(say_load, name),
+                is_binary=name != "lookups",
+                limit=plan.cluster.memory_bytes if name == "memory" else None,
             ),
         )
         for name, what, amount_TW, rest_W in charts
     ]
 
 
-def _by_group(amount_TW: Floats, groups: _Groups, rest_W: Floats | None) -> Floats:
-    """Sums of the tables of each group, and of what is of no table, float64 [G + 1, W]."""
-    amount_GW = np.zeros((len(groups.names) + 1, amount_TW.shape[1]))
-    np.add.at(amount_GW, groups.of_T, amount_TW)
+def _parts(
+    amount_TW: Floats, rest_W: Floats | None, tables: list[str], groups: _Groups
+) -> dict[str, Any]:
+    """The parts of bars: one for each table, or for each group, and one for what is of no table."""
+    if np.count_nonzero(amount_TW) <= _MOST_PARTS:
+        order = sorted(range(len(tables)), key=groups.of_T.__getitem__)
+        amounts_PW = amount_TW[order]
+        names, colours = [tables[i] for i in order], [groups.of_T[i] for i in order]
+    else:
+        amounts_PW = np.zeros((len(groups.names), amount_TW.shape[1]))
+        np.add.at(amounts_PW, groups.of_T, amount_TW)
+        names, colours = groups.names, list(range(len(groups.names)))
     if rest_W is not None:
-        amount_GW[-1] = rest_W
-    return amount_GW
+        amounts_PW = np.vstack([amounts_PW, rest_W])
+        names, colours = [*names, "sizes of what follows"], [*colours, len(groups.names)]
+    return {"amounts_PW": amounts_PW, "names": names, "colours": colours}
 
 
 def _chart(title: str, bars: Bars) -> str:
     totals_W = bars.totals_W
     busiest = int(totals_W.argmax())
+    width = max(_NARROWEST_CHART, chart_width(bars))
+    near = "; the line above is the memory of a rank" if bars.limit_is_near else ""
     return (
-        f"<h2>{escape(title)}</h2>\n"
+        f'<section style="width:{width:g}px"><h2>'
+        f"{escape(title)}</h2>\n"
         f"<p>most on rank {busiest}: {bars.say(float(totals_W[busiest]))}, "
         f"{imbalance(totals_W):.2f} times the mean (dashed), "
-        f"{bars.say(float(totals_W.mean()))}</p>\n"
+        f"{bars.say(float(totals_W.mean()))}{near}</p>\n"
         f'<div class="plot">{axis_svg(bars)}<div class="scroll" tabindex="0">'
-        f"{bars_svg(bars, title)}</div></div>"
+        f"{bars_svg(bars, title)}</div></div></section>"
     )
 
 
@@ -205,7 +232,3 @@ def _table(cells: Cells, groups: Sequence[int] = ()) -> str:
         f'<div class="cells"><table>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
-
-
-def _count(number: float) -> str:
-    return f"{number:,.0f}"

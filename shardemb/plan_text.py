@@ -87,7 +87,7 @@ def describe_plan(plan: ShardingPlan) -> str:
         if len(kinds) == 1
     ]
     count = f"{len(plan.tables):,} table{'s' * (len(plan.tables) != 1)}"
-    lines.append(", ".join([count, *shared, "bytes and lookups are of a step on all ranks"]))
+    lines.append(", ".join([count, *shared]) + "; activations, sent and lookups are of one step")
     return "\n".join(lines)
 
 
@@ -191,14 +191,10 @@ def balance_cells(costs: PlanCosts) -> Cells:
         Rows for memory, bytes sent and lookups: in all, the mean and the most of a rank.
     """
     rows = []
-    for name, amount_W in (
-        ("memory", costs.memory_W),
-        ("sent", costs.sent_bytes_W),
-        ("lookups", costs.lookups_W),
-    ):
-        numbers = (float(amount_W.sum()), float(amount_W.mean()), float(amount_W.max()))
-        said = [f"{n:,.0f}" if name == "lookups" else format_bytes(n) for n in numbers]
-        rows.append((name, *said, str(amount_W.argmax()), f"{imbalance(amount_W):.2f}"))
+    for name, load_W in costs.loads.items():
+        amounts = (load_W.sum(), load_W.mean(), load_W.max())
+        said = (say_load(name, float(amount)) for amount in amounts)
+        rows.append((name, *said, str(load_W.argmax()), f"{imbalance(load_W):.2f}"))
     header = ("balance", "in all", "mean of ranks", "most", "on rank", "most / mean")
     return Cells(header=header, rows=rows, right=(1, 2, 3, 4, 5))
 
@@ -234,6 +230,16 @@ def skew_cells(plan: ShardingPlan, costs: PlanCosts) -> Cells:
     ]
     header = ("split by rows", "layout", "hottest shard", "on rank", "mean", "hottest / mean")
     return Cells(header=header, rows=rows, right=(2, 3, 4, 5))
+
+
+def say_load(name: str, amount: float) -> str:
+    """An amount of one of `PlanCosts.loads` in words.
+
+    Example:
+        >>> say_load("sent", 2048), say_load("lookups", 2048)
+        ('2.00 KiB', '2,048')
+    """
+    return f"{amount:,.0f}" if name == "lookups" else format_bytes(amount)
 
 
 def ranges(ranks: Iterable[int]) -> str:

@@ -1,6 +1,6 @@
 """A chart of stacked bars, one for each rank, as SVG. Knows ranks and amounts, not plans."""
 
-# G groups that a bar is stacked of, W ranks
+# P parts that a bar is stacked of, W ranks
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,16 +23,18 @@ class Bars:
     """What a chart shows.
 
     Attributes:
-        amounts_GW: Amount of each group on each rank, float64 [G, W].
-        group_names: Of what the bars are stacked, from the bottom.
+        amounts_PW: Amount of each part on each rank, float64 [P, W].
+        names: Of what the bars are stacked, from the bottom.
+        colours: For each part the number of its colour; the page has a rule `.g0` for colour 0.
         ranks_per_node: Ranks that stand together.
         say: An amount in words.
         is_binary: Whether the steps of the axis are powers of 1024 and not of 1000.
         limit: The most that a rank can bear, if there is such; drawn where it is near.
     """
 
-    amounts_GW: Floats
-    group_names: Sequence[str]
+    amounts_PW: Floats
+    names: Sequence[str]
+    colours: Sequence[int]
     ranks_per_node: int
     say: Callable[[float], str]
     is_binary: bool
@@ -41,22 +43,30 @@ class Bars:
     @property
     def totals_W(self) -> Floats:  # noqa: N802 - its shape
         """The amount on each rank, float64 [W]."""
-        totals_W: Floats = self.amounts_GW.sum(0)
+        totals_W: Floats = self.amounts_PW.sum(0)
         return totals_W
+
+    @property
+    def limit_is_near(self) -> bool:
+        """Whether a rank has more than half of the limit."""
+        return self.limit is not None and self.limit < 2 * float(self.totals_W.max())
 
     @property
     def top(self) -> float:
         """The amount at the top of the chart."""
-        most = float(self.totals_W.max())
-        if self.limit is not None and self.limit < 2 * most:
-            most = max(most, self.limit)
-        return 1.05 * most or 1.0
+        limit = self.limit if self.limit is not None and self.limit_is_near else 0.0
+        return 1.05 * max(limit, float(self.totals_W.max())) or 1.0
 
     @property
     def pitch(self) -> float:
         """Pixels from one bar to the next."""
-        num_ranks = self.amounts_GW.shape[1]
+        num_ranks = self.amounts_PW.shape[1]
         return next((pitch for most, pitch in _PITCHES if num_ranks <= most), _NARROWEST)
+
+
+def chart_width(bars: Bars) -> float:
+    """Pixels of the axis and all bars."""
+    return _AXIS_WIDTH + bars.amounts_PW.shape[1] * bars.pitch + 8
 
 
 def axis_svg(bars: Bars) -> str:
@@ -86,8 +96,8 @@ def bars_svg(bars: Bars, label: str) -> str:
     Returns:
         An SVG element.
     """
-    num_ranks = bars.amounts_GW.shape[1]
-    width = num_ranks * bars.pitch + 8
+    num_ranks = bars.amounts_PW.shape[1]
+    width = chart_width(bars) - _AXIS_WIDTH
     parts = [
         f'<line class="grid" x1="0" x2="{width:g}" y1="{_y(amount, bars):.2f}" '
         f'y2="{_y(amount, bars):.2f}"/>'
@@ -96,7 +106,7 @@ def bars_svg(bars: Bars, label: str) -> str:
     for rank in range(num_ranks):
         parts += _bar(bars, rank)
     parts.append(_level("mean", float(bars.totals_W.mean()), width, bars, "mean of the ranks"))
-    if bars.limit is not None and bars.limit <= bars.top:
+    if bars.limit is not None and bars.limit_is_near:
         parts.append(_level("limit", bars.limit, width, bars, "memory of a rank"))
     return _svg("bars", width, [*parts, *_rank_labels(bars), *_node_labels(bars)], label)
 
@@ -130,19 +140,20 @@ def _y(amount: float, bars: Bars) -> float:
 
 
 def _bar(bars: Bars, rank: int) -> list[str]:
-    """A rectangle for each group that the rank has something of."""
-    x, width = 4 + rank * bars.pitch + 0.1 * bars.pitch, 0.8 * bars.pitch
-    total = float(bars.totals_W[rank])
+    """A rectangle for each part that the rank has something of."""
+    x, width = 4 + (rank + 0.1) * bars.pitch, 0.8 * bars.pitch
+    total = bars.say(float(bars.totals_W[rank]))
     below = 0.0
     parts = []
-    for group, amount in enumerate(bars.amounts_GW[:, rank].tolist()):
+    for part, amount in enumerate(bars.amounts_PW[:, rank].tolist()):
         if amount <= 0:
             continue
         below += amount
-        said = f"rank {rank}, {bars.group_names[group]}: {bars.say(amount)} of {bars.say(total)}"
+        said = f"rank {rank}, {bars.names[part]}: {bars.say(amount)} of {total}"
         parts.append(
-            f'<rect class="g{group}" x="{x:.5g}" y="{_y(below, bars):.2f}" width="{width:.3g}" '
-            f'height="{_HEIGHT * amount / bars.top:.2f}"><title>{escape(said)}</title></rect>'
+            f'<rect class="g{bars.colours[part]}" x="{x:.6g}" y="{_y(below, bars):.2f}" '
+            f'width="{width:.3g}" height="{_HEIGHT * amount / bars.top:.2f}">'
+            f"<title>{escape(said)}</title></rect>"
         )
     return parts
 
@@ -156,7 +167,7 @@ def _level(kind: str, amount: float, width: float, bars: Bars, name: str) -> str
 
 
 def _rank_labels(bars: Bars) -> list[str]:
-    num_ranks = bars.amounts_GW.shape[1]
+    num_ranks = bars.amounts_PW.shape[1]
     every = 1
     while every * bars.pitch < _LABEL_WIDTH:
         every *= 2
@@ -169,7 +180,7 @@ def _rank_labels(bars: Bars) -> list[str]:
 
 def _node_labels(bars: Bars) -> list[str]:
     """Lines between nodes, and their numbers where there is room."""
-    num_ranks = bars.amounts_GW.shape[1]
+    num_ranks = bars.amounts_PW.shape[1]
     width = bars.ranks_per_node * bars.pitch
     if num_ranks == bars.ranks_per_node:
         return []
