@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from shardemb.checkpoint import latest_checkpoint as latest_checkpoint
     from shardemb.checkpoint import load_checkpoint as load_checkpoint
     from shardemb.checkpoint import save_checkpoint as save_checkpoint
+    from shardemb.collectives import CollectiveCounter as CollectiveCounter
     from shardemb.config import TableConfig as TableConfig
     from shardemb.data.batches import keyed_jagged_tensor as keyed_jagged_tensor
     from shardemb.env import Env as Env
@@ -18,16 +19,20 @@ if TYPE_CHECKING:
     from shardemb.placement import ShardingPlan as ShardingPlan
     from shardemb.plan import plan_sharding as plan_sharding
     from shardemb.shard import shard_modules as shard_modules
+    from shardemb.traffic import Traffic as Traffic
+    from shardemb.traffic import traffic_of as traffic_of
 
 __version__ = "0.1.0"
 
 # Imported when first used: torch and TorchRec take seconds, and a login node may have neither.
 _HOME = {
+    "CollectiveCounter": "shardemb.collectives",
     "Env": "shardemb.env",
     "EmbeddingBagCollection": "shardemb.modules.embedding_bag",
     "EmbeddingCollection": "shardemb.modules.embedding",
     "ShardingPlan": "shardemb.placement",
     "TableConfig": "shardemb.config",
+    "Traffic": "shardemb.traffic",
     "TrainPipeline": "shardemb.pipeline",
     "build_optimizer": "shardemb.optim.build",
     "init_distributed": "shardemb.env",
@@ -37,6 +42,7 @@ _HOME = {
     "plan_sharding": "shardemb.plan",
     "save_checkpoint": "shardemb.checkpoint",
     "shard_modules": "shardemb.shard",
+    "traffic_of": "shardemb.traffic",
 }
 __all__ = list(_HOME)
 

@@ -125,8 +125,8 @@ def choose_layouts(
         for name, layout in layouts.items()
         if isinstance(layout, TableWise) and layout.rank is not None
     }
-    num_fixed = len(rank_of) + sum(isinstance(layout, RowWise) for layout in layouts.values())
-    if num_fixed == len(tables):
+    given = (vars(layout) for layout in layouts.values())
+    if len(layouts) == len(tables) and not any(None in fields.values() for fields in given):
         return dict(layouts)
     planner = EmbeddingShardingPlanner(
         topology=topology_of(env),

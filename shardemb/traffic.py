@@ -137,8 +137,8 @@ def _of_table(
         return sent_W, asked_W + row_bytes_W * (1 + has_gradient) + gradient, ids_W
     sent_W = asked_W.sum() - asked_W + (size - 1) * row_bytes_W
     rows_on_the_way_W = size * row_bytes_W
-    if table.layout in _IN_NODES:
-        rows_on_the_way_W = rows_on_the_way_W + num_nodes * row_bytes_W
+    if table.layout in _IN_NODES and 1 < num_nodes < size:
+        rows_on_the_way_W = rows_on_the_way_W + 2 * num_nodes * row_bytes_W
     if has_gradient:
         sent_W = sent_W + _gradient_bytes(table, row_bytes_W, num_nodes)
     answer = _answer_bytes(table, plan)

@@ -11,7 +11,17 @@ ROOT = Path(__file__).parents[1]
 # Lowest first; a file may import from its own layer and from those before it.
 LAYERS = (
     {
-        *("shardemb", "text", "errors", "env", "agree", "optim.configs", "optim", "init"),
+        *(
+            "shardemb",
+            "text",
+            "errors",
+            "env",
+            "agree",
+            "collectives",
+            "optim.configs",
+            "optim",
+            "init",
+        ),
         "doctor",
         "doctor.__main__",
         "doctor.diagnosis",
