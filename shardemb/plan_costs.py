@@ -148,9 +148,9 @@ def costs_to_json(plan: ShardingPlan) -> tuple[dict[str, list[dict[str, Any]]], 
         "sent_bytes": costs.sent_bytes_TW,
         "lookups": costs.lookups_TW,
     }
-    of_tables = {name: column_TW.sum(1).tolist() for name, column_TW in columns.items()}
-    of_ranks = {name: column_TW.sum(0).tolist() for name, column_TW in columns.items()}
-    of_ranks["sent_bytes"] = costs.sent_bytes_W.tolist()
+    of_tables = {name: _numbers(column_TW.sum(1)) for name, column_TW in columns.items()}
+    of_ranks = {name: _numbers(column_TW.sum(0)) for name, column_TW in columns.items()}
+    of_ranks["sent_bytes"] = _numbers(costs.sent_bytes_W)
     tables = [
         {"table": table.table} | {name: column[number] for name, column in of_tables.items()}
         for number, table in enumerate(plan.tables)
@@ -166,3 +166,8 @@ def costs_to_json(plan: ShardingPlan) -> tuple[dict[str, list[dict[str, Any]]], 
     return {"tables": tables, "ranks": ranks}, {
         name: imbalance(load_W) for name, load_W in costs.loads.items()
     }
+
+
+def _numbers(amounts: Floats) -> list[float]:
+    """Amounts as JSON has them: whole ones without a point."""
+    return [int(amount) if amount.is_integer() else amount for amount in amounts.tolist()]

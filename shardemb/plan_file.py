@@ -199,7 +199,7 @@ def _table_of(values: Any, cluster: Cluster) -> TablePlacement:
         raise ValueError(f"{who}: layout must be one of {', '.join(LAYOUTS)}, got {name!r}")
     own = {field.name for field in fields(LAYOUTS[name])}
     where = {key: value for key, value in values.items() if key in own}
-    layout = make_typed(LAYOUTS[name], where, f"{who}: {name}")
+    layout = make_typed(LAYOUTS[name], where, who)
     rest = {key: value for key, value in values.items() if key not in own | {"shards"}}
     table = make_typed(TablePlacement, rest, who, shards=())
     _check_place(table, layout)

@@ -77,7 +77,8 @@ def make_typed(cls: type[T], values: Any, where: str, **given: Any) -> T:
     try:
         return cls(**typed, **given)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        named = str(error).startswith(where)
+        raise ValueError(str(error) if named else f"{where}: {error}") from error
 
 
 def typed_value(kind: Any, value: Any, where: str) -> Any:

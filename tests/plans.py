@@ -93,7 +93,7 @@ def many_tables(num_tables: int, *, num_nodes: int, ranks_per_node: int = 8) -> 
             table=f"t{number}",
             module="sparse",
             feature_names=(f"f{number}",),
-            num_embeddings=1_000_000 + 1000 * number,
+            num_embeddings=1_024_000 + 1024 * number,
             embedding_dim=64,
             dtype="float32",
             pooling="sum",
@@ -104,7 +104,7 @@ def many_tables(num_tables: int, *, num_nodes: int, ranks_per_node: int = 8) -> 
             optimizer="RowWiseAdagrad",
             shards=shards_of(
                 layouts.row_wise(),
-                (1_000_000 + 1000 * number, 64),
+                (1_024_000 + 1024 * number, 64),
                 ranks=(cluster.world_size, ranks_per_node),
                 dtype="float32",
                 optimizer="RowWiseAdagrad",
