@@ -2,7 +2,6 @@
 
 import re
 
-
 import shardemb as se
 from shardemb import layouts
 from shardemb.layouts import Layout
