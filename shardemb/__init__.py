@@ -7,7 +7,9 @@ if TYPE_CHECKING:
     from shardemb.checkpoint import latest_checkpoint as latest_checkpoint
     from shardemb.checkpoint import load_checkpoint as load_checkpoint
     from shardemb.checkpoint import save_checkpoint as save_checkpoint
+    from shardemb.cluster import Cluster as Cluster
     from shardemb.config import TableConfig as TableConfig
+    from shardemb.constraints import Constraints as Constraints
     from shardemb.data.batches import keyed_jagged_tensor as keyed_jagged_tensor
     from shardemb.env import Env as Env
     from shardemb.env import init_distributed as init_distributed
@@ -18,17 +20,21 @@ if TYPE_CHECKING:
     from shardemb.placement import ShardingPlan as ShardingPlan
     from shardemb.plan import plan_sharding as plan_sharding
     from shardemb.shard import shard_modules as shard_modules
+    from shardemb.workload import Workload as Workload
 
 __version__ = "0.1.0"
 
 # Imported when first used: torch and TorchRec take seconds, and a login node may have neither.
 _HOME = {
+    "Cluster": "shardemb.cluster",
+    "Constraints": "shardemb.constraints",
     "Env": "shardemb.env",
     "EmbeddingBagCollection": "shardemb.modules.embedding_bag",
     "EmbeddingCollection": "shardemb.modules.embedding",
     "ShardingPlan": "shardemb.placement",
     "TableConfig": "shardemb.config",
     "TrainPipeline": "shardemb.pipeline",
+    "Workload": "shardemb.workload",
     "build_optimizer": "shardemb.optim.build",
     "init_distributed": "shardemb.env",
     "keyed_jagged_tensor": "shardemb.data.batches",

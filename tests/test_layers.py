@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {
         *("shardemb", "text", "errors", "env", "agree", "optim.configs", "optim", "init"),
+        *("machines", "host_memory"),
         "doctor",
         "doctor.__main__",
         "doctor.diagnosis",
@@ -47,8 +48,13 @@ LAYERS = (
         "layouts",
         "geometry",
         "layout_rules",
+        "constraints",
+        "problem",
         "placement",
+        "candidates",
+        "search",
         "planner",
+        "fits",
         "plan",
         "torchrec_plan",
     },
