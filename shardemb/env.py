@@ -158,7 +158,15 @@ def _device(asked: str | None, local_rank: int) -> torch.device:
 def _hide_deprecations() -> None:
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(torch|torchrec)\.")
+    # its gradients are right (tests/test_every_layout.py)
+    warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    logging.getLogger("torchrec.distributed.utils").addFilter(_is_not_of_caching)
+
+
+def _is_not_of_caching(record: logging.LogRecord) -> bool:
+    """Whether a warning is another than that replicated tables, which nobody caches, are not."""
+    return "caching params will be ignored" not in record.getMessage()
 
 
 def _start(env: Env, timeout: timedelta, *, launched: bool) -> None:

@@ -58,7 +58,7 @@ LAYERS = (
         "plan",
         "torchrec_plan",
     },
-    {"rows", "outputs", "shard", "optim.build"},
+    {"rows", "outputs", "optim.replicated", "shard", "optim.build"},
     {"checkpoint"},
     {"pipeline"},
     {"metrics", "models", "models.dlrm"},
