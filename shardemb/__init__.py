@@ -7,8 +7,10 @@ if TYPE_CHECKING:
     from shardemb.checkpoint import latest_checkpoint as latest_checkpoint
     from shardemb.checkpoint import load_checkpoint as load_checkpoint
     from shardemb.checkpoint import save_checkpoint as save_checkpoint
+    from shardemb.cluster import Cluster as Cluster
     from shardemb.collectives import CollectiveCounter as CollectiveCounter
     from shardemb.config import TableConfig as TableConfig
+    from shardemb.constraints import Constraints as Constraints
     from shardemb.data.batches import keyed_jagged_tensor as keyed_jagged_tensor
     from shardemb.env import Env as Env
     from shardemb.env import init_distributed as init_distributed
@@ -22,12 +24,15 @@ if TYPE_CHECKING:
     from shardemb.shard import shard_modules as shard_modules
     from shardemb.traffic import Traffic as Traffic
     from shardemb.traffic import traffic_of as traffic_of
+    from shardemb.workload import Workload as Workload
 
 __version__ = "0.1.0"
 
 # Imported when first used: torch and TorchRec take seconds, and a login node may have neither.
 _HOME = {
     "CollectiveCounter": "shardemb.collectives",
+    "Cluster": "shardemb.cluster",
+    "Constraints": "shardemb.constraints",
     "Env": "shardemb.env",
     "EmbeddingBagCollection": "shardemb.modules.embedding_bag",
     "EmbeddingCollection": "shardemb.modules.embedding",
@@ -35,6 +40,7 @@ _HOME = {
     "TableConfig": "shardemb.config",
     "Traffic": "shardemb.traffic",
     "TrainPipeline": "shardemb.pipeline",
+    "Workload": "shardemb.workload",
     "build_optimizer": "shardemb.optim.build",
     "init_distributed": "shardemb.env",
     "keyed_jagged_tensor": "shardemb.data.batches",

@@ -23,7 +23,7 @@ from shardemb.env import Env, init_distributed
 from shardemb.errors import RunError
 from shardemb.optim.build import DENSE, FUSED
 
-_FORMAT = 1
+_FORMAT = 2
 _HEADER = "shardemb.json"
 _PARTIAL = ".partial"
 _OPTIMIZER = "optim"
@@ -210,9 +210,12 @@ def _parameter_groups(
     groups: list[tuple[list[str], dict[str, Any]]] = []
     for key, part in optimizer.optimizers:
         if isinstance(part, CombinedOptimizer):
-            groups += _parameter_groups(part, f"{prefix}{key}/")
+            groups += _parameter_groups(part, f"{prefix}{key}.")
             continue
-        name_of = {id(tensor): f"{prefix}{key}/{name}" for name, tensor in part.params.items()}
+        name_of = {
+            id(tensor): ".".join(filter(None, f"{prefix}{key}.{name}".split(".")))
+            for name, tensor in part.params.items()
+        }
         for group in part.param_groups:
             groups.append(([name_of[id(tensor)] for tensor in group["params"]], group))
     return groups

@@ -13,6 +13,12 @@ class _Layout:
     torchrec_name: ClassVar[str]
     splits_columns: ClassVar[bool] = False
 
+    @property
+    def is_placed(self) -> bool:
+        """Whether it says where every part lies, and leaves nothing to the planner."""
+        where = (getattr(self, name, ()) for name in ("rank", "ranks", "node", "nodes"))
+        return all(value is not None for value in where)
+
     def __str__(self) -> str:
         given = [
             f"{name}={value!r}"

@@ -18,7 +18,7 @@ from shardemb.data.guarded_forward import CheckedBatch, GuardedForward, guards_o
 from shardemb.env import Env
 from shardemb.errors import RunError
 
-_FAILED, _ENDED, _SIZE, _SIZE_SQUARED, _LOSS = range(5)
+_FAILED, _ENDED, _SIZE, _LOSS = range(4)
 
 
 class TrainPipeline:
@@ -31,8 +31,9 @@ class TrainPipeline:
 
     Args:
         model: Of `shard_modules`. Its forward takes a batch and returns the loss, or a tuple that
-            begins with it: the mean over the samples of this rank, so that the ranks' mean is that
-            of the global batch.
+            begins with it: the mean over the samples of this rank. Where ranks have batches of
+            different sizes, each mean counts by its number of samples, so that the step is that of
+            the global batch.
         optimizer: Of `build_optimizer`.
         env: This process.
 
@@ -56,7 +57,7 @@ class TrainPipeline:
 
         Args:
             loader: Yields this rank's part of each global batch: anything with `.to(device)`, or a
-                dataclass, dict, list or tuple of such. All parts have the same size.
+                dataclass, dict, list or tuple of such. Parts may differ in size.
             num_steps: The step after which to stop, counted from 0.
             first_step: The number of the first step; above 0 after a checkpoint was loaded.
 
@@ -66,8 +67,7 @@ class TrainPipeline:
 
         Raises:
             Exception: What this rank's loader raised.
-            RunError: Another rank's loader failed or ended early, the ranks' batches differ in
-                size, or the loss is not finite.
+            RunError: Another rank's loader failed or ended early, or the loss is not finite.
             ValueError: The model's forward returns no loss, or looks a collection up twice.
         """
         if first_step >= num_steps:
@@ -82,7 +82,7 @@ class TrainPipeline:
             self._model.train()
             self._optimizer.zero_grad()
             with one_step(self._guards, upcoming.checked):
-                loss = _loss_of(self._model(batch))
+                loss = _loss_of(self._model(batch)) * upcoming.weight
             upcoming = _NextBatch(
                 batches if step < num_steps else iter(()), self._guards, self._env
             )
@@ -102,8 +102,7 @@ class TrainPipeline:
 
         Raises:
             Exception: What this rank's loader raised.
-            RunError: Another rank's loader failed or ended early, or the ranks' batches differ in
-                size.
+            RunError: Another rank's loader failed or ended early.
         """
         was_training = self._model.training
         self._model.eval()
@@ -131,15 +130,16 @@ class _NextBatch:
         self._env = env
         self._error: Exception | None = None
         self._batch: Any = None
-        self._mine = [0.0] * 5
+        self._mine = [0.0] * 4
+        self.weight = 1.0
+        """Of this rank's mean loss in the mean over ranks, known when all agreed."""
         self._sent: dist.Work | None = None
         self.checked: list[tuple[GuardedForward, CheckedBatch]] = []
         try:
             self._batch = next(batches)
-            size = batch_size_of(self._batch)
-            if size == 0:
+            self._mine[_SIZE] = batch_size_of(self._batch)
+            if self._mine[_SIZE] == 0:
                 raise ValueError("a batch must have at least one sample, got none")
-            self._mine[_SIZE], self._mine[_SIZE_SQUARED] = size, size**2
             who = [_check(guards, features) for features in _features(self._batch)]
             self._batch = _to_device(self._batch, env.device)
             for checked_by, features in zip(who, _features(self._batch), strict=True):
@@ -192,7 +192,7 @@ class _NextBatch:
             RunError: The ranks' loaders differ.
         """
         self._wait()
-        failed, ended, size, size_squared, _ = self._sum.tolist()
+        failed, ended, size, _ = self._sum.tolist()
         world_size = self._env.world_size
         if failed:
             raise_on_all_ranks(self._env, f"reading the batch of step {step}", self._error)
@@ -204,12 +204,7 @@ class _NextBatch:
                 f"of rank {self._env.rank} {'ended' if self._mine[_ENDED] else 'goes on'}; give "
                 "every rank the same number of batches"
             )
-        if size_squared * world_size != size**2:
-            raise RunError(
-                f"the ranks' batches of step {step} differ in size, that of rank {self._env.rank} "
-                f"has {self._mine[_SIZE]:.0f} samples, the mean is {size / world_size:g}; split "
-                "the global batch evenly, as the mean over ranks would not be that over samples"
-            )
+        self.weight = self._mine[_SIZE] * world_size / size
         return self._batch
 
     def _wait(self) -> None:

@@ -20,6 +20,7 @@ _FORMAT = 1
 _NAME = "shardemb_plan"
 _FOLLOWS = {"world_size", "num_nodes", "bytes_per_rank", "costs", "imbalance"}
 """What `plan_to_json` adds and `read_plan` passes over."""
+_ASKED = "accumulator_per_slice"
 _SHARD_FIELDS = tuple(field.name for field in fields(Shard))
 _TABLE_FIELDS = tuple(
     field.name for field in fields(TablePlacement) if field.name not in {"layout", "shards"}
@@ -248,6 +249,11 @@ def _check_shards(table: TablePlacement, layout: Layout, cluster: Cluster) -> No
     if layout.splits_columns and num_columns != table.embedding_dim:
         raise ValueError(
             f"table {table.table!r}: {layout} does not divide {table.embedding_dim} columns"
+        )
+    if getattr(layout_of(table, cluster), _ASKED, False) and not getattr(layout, _ASKED):
+        raise ValueError(
+            f"table {table.table!r}: under {layout} row-wise Adagrad is another algorithm, with an "
+            f'accumulator for each slice; use another layout, or ask for it: "{_ASKED}": true'
         )
 
 

@@ -6,27 +6,30 @@ from typing import Any
 
 from torch import nn
 
-from shardemb.cluster import Cluster
+from shardemb.agree import all_or_none
+from shardemb.cluster import Cluster, cluster_of
+from shardemb.constraints import DEFAULT_HEADROOM
 from shardemb.env import Env
 from shardemb.layout_rules import why_not
 from shardemb.modules.discovery import Collection, Table, find_collections
 from shardemb.placement import ShardingPlan, TablePlacement
+from shardemb.plan import check_slices
 from shardemb.plan_file import read_plan
 from shardemb.plan_shards import layout_of
 from shardemb.plan_text import describe_ranks
-from shardemb.planner import cluster_of, table_bytes_per_rank
 from shardemb.text import format_bytes
 
 _SHOWN = 10
 
 
-def load_plan(path: str | Path, model: nn.Module, env: Env | Cluster) -> ShardingPlan:
+def load_plan(path: str | Path, model: nn.Module, where: Env | Cluster) -> ShardingPlan:
     """Reads a plan that `ShardingPlan.save` wrote, if it still fits the model and the ranks.
 
     Args:
         path: The file.
         model: The model to shard, as for `plan_sharding`.
-        env: The ranks, as for `plan_sharding`.
+        where: The ranks, as for `plan_sharding`. With the `Env` of this run every rank must call
+            this, and sees the file.
 
     Returns:
         The plan, equal to the one that was saved.
@@ -36,6 +39,7 @@ def load_plan(path: str | Path, model: nn.Module, env: Env | Cluster) -> Shardin
         ValueError: The file is damaged or of another format, or the plan no longer fits: tables
             were added, removed, renamed or changed, the ranks are others or have too little memory,
             or a table may not have its layout. The message lists what changed.
+        OtherRankError: Another rank of this run refused it.
 
     Example:
         >>> import pathlib, tempfile, shardemb as se
@@ -49,8 +53,20 @@ def load_plan(path: str | Path, model: nn.Module, env: Env | Cluster) -> Shardin
         >>> load_plan(path, model, se.Env(world_size=2)) == plan
         True
     """
+    if not isinstance(where, Env) or not where.is_live:
+        return _load(path, model, where)
+    with all_or_none(where, f"reading the plan {path}"):
+        return _load(path, model, where)
+
+
+def _load(path: str | Path, model: nn.Module, where: Env | Cluster) -> ShardingPlan:
+    """Reads a plan on this rank alone.
+
+    Raises:
+        ValueError: It is damaged or does not fit.
+    """
     plan = read_plan(path)
-    changes = changes_since(plan, model, env)
+    changes = changes_since(plan, model, where)
     if not changes:
         return plan
     shown = [f"  {change}" for change in changes[:_SHOWN]]
@@ -62,13 +78,13 @@ def load_plan(path: str | Path, model: nn.Module, env: Env | Cluster) -> Shardin
     )
 
 
-def changes_since(plan: ShardingPlan, model: nn.Module, env: Env | Cluster) -> list[str]:
+def changes_since(plan: ShardingPlan, model: nn.Module, where: Env | Cluster) -> list[str]:
     """Why a plan does not fit a model and ranks.
 
     Args:
         plan: The plan.
         model: The model.
-        env: The ranks.
+        where: The ranks.
 
     Returns:
         A line for each reason; none if it fits.
@@ -81,8 +97,8 @@ def changes_since(plan: ShardingPlan, model: nn.Module, env: Env | Cluster) -> l
         for collection in find_collections(model).values()
         for name, table in collection.tables.items()
     }
-    return [
-        *_changes_of_ranks(plan, env),
+    changes = [
+        *_changes_of_ranks(plan, where),
         *_changes_of_names(plan, {name: _declared(*each) for name, each in found.items()}),
         *(
             change
@@ -91,19 +107,32 @@ def changes_since(plan: ShardingPlan, model: nn.Module, env: Env | Cluster) -> l
             for change in _changes_of_table(placed, *found[placed.table], plan.cluster)
         ),
     ]
+    return changes or _mixed_slices(plan)
 
 
-def _changes_of_ranks(plan: ShardingPlan, env: Env | Cluster) -> list[str]:
-    cluster = cluster_of(env) if isinstance(env, Env) else env
+def _mixed_slices(plan: ShardingPlan) -> list[str]:
+    try:
+        check_slices(plan)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _changes_of_ranks(plan: ShardingPlan, where: Env | Cluster) -> list[str]:
+    """Other ranks, or less memory than was planned for, of which some is to stay free."""
+    cluster = cluster_of(where) if isinstance(where, Env) else where
     if (plan.world_size, plan.num_nodes) != (cluster.world_size, cluster.num_nodes):
         return [f"it is for {describe_ranks(plan.cluster)}, there are {describe_ranks(cluster)}"]
-    limit = table_bytes_per_rank(env)
     fullest = max(range(plan.world_size), key=plan.bytes_per_rank.__getitem__)
-    if plan.bytes_per_rank[fullest] <= limit:
+    needed = plan.bytes_per_rank[fullest]
+    there, planned = cluster.memory_bytes, plan.cluster.memory_bytes
+    limit = there if there >= planned else there * (1 - DEFAULT_HEADROOM)
+    if needed <= limit:
         return []
     return [
-        f"rank {fullest} would hold {format_bytes(plan.bytes_per_rank[fullest])} of tables and "
-        f"optimizer state, and has {format_bytes(limit)} for them"
+        f"rank {fullest} would hold {format_bytes(needed)} of tables and optimizer state, and has "
+        f"{format_bytes(limit)} for them of {format_bytes(there)}; it was planned for ranks of "
+        f"{format_bytes(planned)}"
     ]
 
 

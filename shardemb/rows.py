@@ -96,12 +96,15 @@ def set_rows(weight: torch.Tensor | ShardedTensor, origin: Origin, env: Env) -> 
         _take_from_main(origin.held, blocks, env)
         return
     assert origin.drawn is not None
+    embedding_dim = (weight.metadata().size if isinstance(weight, ShardedTensor) else weight.shape)[
+        1
+    ]
     for block, first_row, first_column in blocks:
         origin.drawn.fill(
             block,
             first_row=first_row,
             first_column=first_column,
-            embedding_dim=weight.size()[1],
+            embedding_dim=embedding_dim,
         )
 
 

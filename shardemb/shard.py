@@ -13,8 +13,16 @@ from shardemb.data.batches import limits_of
 from shardemb.data.guarded_forward import GuardedForward
 from shardemb.env import Env
 from shardemb.errors import RunError
+from shardemb.layouts import DataParallel
 from shardemb.modules.discovery import Collection, Table, find_collections
-from shardemb.outputs import FinishPooled, FinishSequences, allow_uneven_batches, outputs_of
+from shardemb.optim.replicated import mark_replicated
+from shardemb.outputs import (
+    FinishPooled,
+    FinishSequences,
+    allow_uneven_batches,
+    keep_replicated_sequences_apart,
+    outputs_of,
+)
 from shardemb.placement import ShardingPlan
 from shardemb.planner import make_sharders
 from shardemb.rows import Origin, left_unfilled, origin_of, set_rows
@@ -58,6 +66,12 @@ def shard_modules(
     collections, origins = _checked(model, plan, env)
     layout_of = {table.table: table.layout for table in plan.tables}
     _give_frozen_tables_an_optimizer(collections)
+    replicated = {
+        name: (table.optimizer, table.optimizer_options)  # before TorchRec renames the options
+        for collection in collections.values()
+        for name, table in collection.tables.items()
+        if layout_of[name] == DataParallel.torchrec_name
+    }
     with left_unfilled(collections.values()):
         sharded = DistributedModelParallel(
             module=model,
@@ -76,6 +90,8 @@ def shard_modules(
         prefix = "embedding_bags" if collection.is_pooled else "embeddings"
         for name in collection.tables:
             set_rows(state[f"{prefix}.{name}.weight"], origins[name], env)
+            if name in replicated:
+                mark_replicated(module.get_parameter(f"{prefix}.{name}.weight"), *replicated[name])
         limits = limits_of(
             [table.config for table in collection.tables.values()],
             is_weighted=collection.is_weighted,
@@ -85,6 +101,8 @@ def shard_modules(
         outputs = outputs_of(collection, layout_of)
         if not collection.is_pooled:
             module.register_forward_hook(FinishSequences(outputs))
+            if env.device.type == "cpu":
+                keep_replicated_sequences_apart(module)
             continue
         module._has_mean_pooling_callback = False
         allow_uneven_batches(module, env)

@@ -66,7 +66,7 @@ class Bars:
 
 def chart_width(bars: Bars) -> float:
     """Pixels of the axis and all bars."""
-    return _AXIS_WIDTH + bars.amounts_PW.shape[1] * bars.pitch + 8
+    return float(_AXIS_WIDTH + bars.amounts_PW.shape[1] * bars.pitch + 8)
 
 
 def axis_svg(bars: Bars) -> str:

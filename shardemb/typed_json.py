@@ -57,7 +57,7 @@ def make_typed(cls: type[T], values: Any, where: str, **given: Any) -> T:
     Example:
         >>> from shardemb.optim import SGD
         >>> make_typed(SGD, {"lr": 1}, "the optimizer")
-        SGD(lr=1.0)
+        SGD(lr=1)
     """
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be an object, got {_shown(values)}")
@@ -116,10 +116,8 @@ def typed_value(kind: Any, value: Any, where: str) -> Any:
         return {_key(inner[0], k, where): typed_value(inner[1], v, where) for k, v in value.items()}
     if is_dataclass(kind) and isinstance(kind, type):
         return make_typed(kind, value, where)
-    if type(value) is kind:
+    if type(value) is kind or (kind is float and type(value) is int):
         return value
-    if kind is float and type(value) is int:
-        return float(value)
     word = _WORDS.get(kind, "a list" if outer is tuple else "an object")
     raise ValueError(f"{where} must be {word}, got {_shown(value)}")
 

@@ -22,8 +22,12 @@ _context.set_forkserver_preload(
 )
 
 
-def spmd(world_size: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def spmd(
+    world_size: int, *, num_nodes: int = 1
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Runs a test on that many ranks, each seeded with its rank; it fails when any of them fails.
+
+    The ranks take themselves to be on that many nodes.
 
     The function takes the rank's `Env` first; other parameters are pytest's fixtures and
     parameters, pickled.
@@ -32,7 +36,7 @@ def spmd(world_size: int) -> Callable[[Callable[..., None]], Callable[..., None]
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def test(**fixtures: Any) -> None:
-            run_ranks(function.__module__, function.__qualname__, world_size, fixtures)
+            run_ranks(function, (world_size, num_nodes), fixtures)
 
         parameters = list(inspect.signature(function).parameters.values())[1:]
         test.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -42,8 +46,11 @@ def spmd(world_size: int) -> Callable[[Callable[..., None]], Callable[..., None]
     return decorate
 
 
-def run_ranks(module: str, name: str, world_size: int, arguments: dict[str, Any]) -> None:
+def run_ranks(
+    function: Callable[..., None], ranks_and_nodes: tuple[int, int], arguments: dict[str, Any]
+) -> None:
     """Runs the function under a decorated test on all ranks and raises what they raised."""
+    world_size, _ = ranks_and_nodes
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -52,7 +59,14 @@ def run_ranks(module: str, name: str, world_size: int, arguments: dict[str, Any]
         here, there = _context.Pipe(duplex=False)
         process = _context.Process(
             target=_run_rank,
-            args=(there, module, name, rank, world_size, port, arguments),
+            args=(
+                there,
+                (function.__module__, function.__qualname__),
+                rank,
+                ranks_and_nodes,
+                port,
+                arguments,
+            ),
             daemon=True,
         )
         process.start()
@@ -94,18 +108,20 @@ def _collect(pipes: list[Connection]) -> dict[int, str]:
 
 def _run_rank(
     pipe: Connection,
-    module: str,
-    name: str,
+    test: tuple[str, str],
     rank: int,
-    world_size: int,
+    ranks_and_nodes: tuple[int, int],
     port: int,
     arguments: dict[str, Any],
 ) -> None:
+    world_size, num_nodes = ranks_and_nodes
+    local_world_size = world_size // num_nodes
+    module, name = test
     os.environ |= {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(rank % local_world_size),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(local_world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }

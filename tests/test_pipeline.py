@@ -82,7 +82,7 @@ def test_one_two_and_four_ranks_give_the_golden_loss_curve(tmp_path: Path) -> No
     write_click_log(tmp_path, num_train=4000, num_test=10, seed=0)
     curves = {}
     for world_size in (1, 2, 4):
-        run_ranks(__name__, "dlrm_losses", world_size, {"folder": str(tmp_path)})
+        run_ranks(dlrm_losses, (world_size, 1), {"folder": str(tmp_path)})
         curves[world_size] = json.loads((tmp_path / f"losses-{world_size}.json").read_text())
     if not GOLDEN.exists():
         GOLDEN.parent.mkdir(exist_ok=True)
@@ -146,7 +146,7 @@ def test_a_forward_outside_the_pipeline_checks_ids_unless_told_not_to(env: Env) 
 
 
 @spmd(world_size=2)
-def test_loaders_that_differ_in_length_or_size_are_refused(env: Env) -> None:
+def test_loaders_that_differ_in_length_and_empty_batches_are_refused(env: Env) -> None:
     _, pipeline = small_pipeline(env)
     steps = pipeline.run([unguarded([1, 2])] * (2 + env.rank), 9)
     assert [next(steps)[0], next(steps)[0]] == [1, 2]
@@ -154,9 +154,23 @@ def test_loaders_that_differ_in_length_or_size_are_refused(env: Env) -> None:
         next(steps)
     with pytest.raises(ValueError, match="a batch must have at least one sample, got none"):
         list(pipeline.run([unguarded([])], 9))
-    uneven = [unguarded([1, 2]), unguarded([1, 2, 3][: 2 + env.rank])]
-    with pytest.raises(RuntimeError, match="batches of step 2 differ in size, that of rank"):
-        list(pipeline.run(uneven, 9))
+
+
+@spmd(world_size=2)
+def test_a_step_on_batches_of_different_sizes_is_that_of_the_global_batch(env: Env) -> None:
+    batches = [[1, 2, 3, 4, 4], [5, 6, 1, 1, 7]]
+    parts = [slice(0, 1), slice(1, 5)]
+    model, pipeline = small_pipeline(env)
+    before = rows(model)
+    mine = [unguarded(batch[parts[env.rank]]) for batch in batches]
+    losses = [float(loss) for _, loss in pipeline.run(mine, 9)]
+    even_model, even = small_pipeline(env)
+    assert torch.equal(rows(even_model), before)
+    whole = [unguarded(batch) for batch in batches]
+    expected = [float(loss) for _, loss in even.run(whole, 9)]
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    assert not torch.equal(rows(model), before)
+    torch.testing.assert_close(rows(model), rows(even_model), rtol=1e-6, atol=1e-7)
 
 
 @spmd(world_size=2)

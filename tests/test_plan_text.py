@@ -67,7 +67,7 @@ def test_what_all_tables_share_is_said_once() -> None:
     model = se.EmbeddingBagCollection([table("a"), table("b")])
     plan = se.plan_sharding(model, ENV, {"a": layouts.row_wise(), "b": layouts.row_wise()})
     text = str(plan)
-    assert "plan for 4 ranks on 2 nodes of 'this run' (cpu, " in text
+    assert "plan for 4 ranks on 2 nodes of 'a run elsewhere' (cpu, 128 GiB a rank)" in text
     assert "512 samples a rank and step" in text
     assert "2 tables, float32, optimizer Adagrad;" in text
     assert not {"dtype", "trained by"} & set(cells(text, "a"))

@@ -9,6 +9,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from shardemb.optim.replicated import is_replicated, replicated_optimizer
+
 FUSED, DENSE = "fused", "dense"
 """Prefixes of the parameter names in the combined optimizer."""
 
@@ -39,7 +41,12 @@ def build_optimizer(
             f"{type(model).__name__}"
         )
     parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
-    optimizers: list[Any] = [(FUSED, model.fused_optimizer)]
+    replicated = [
+        replicated_optimizer(name, parameters.pop(name))
+        for name, weight in list(parameters.items())
+        if is_replicated(weight)
+    ]
+    optimizers: list[Any] = [(FUSED, CombinedOptimizer([model.fused_optimizer, *replicated]))]
     if parameters:
         if dense is None:
             raise ValueError(

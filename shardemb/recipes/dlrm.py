@@ -237,9 +237,7 @@ def build_layouts(config: Config) -> dict[str, Layout]:
     }
 
 
-def workload_of(
-    batch_size: int, world_size: int, profile: DataProfile | None = None
-) -> Workload:
+def workload_of(batch_size: int, world_size: int, profile: DataProfile | None = None) -> Workload:
     """The batches of a run as a plan counts them: by rank.
 
     Args:

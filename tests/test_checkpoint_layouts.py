@@ -1,0 +1,87 @@
+"""A checkpoint of one layout opens in every other, optimizer rows included."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchrec.optim.keyed import CombinedOptimizer
+
+import shardemb as se
+from shardemb import layouts, optim
+from shardemb.env import Env
+from shardemb.layouts import Layout
+from shardemb.optim import SparseOptimizer
+from tests.every_layout import Case, Loss, batch_of, optimizer_rows, whole_table
+from tests.spmd import spmd
+from tests.test_every_layout import NAMES, every_layout, make_tables
+
+
+def trained(
+    env: Env, case: Case, num_steps: int
+) -> tuple[nn.Module, CombinedOptimizer, dict[str, torch.Tensor]]:
+    """A sharded model after some steps, its optimizer, and all rows that it then has."""
+    model = Loss(case, case.collection("meta"))
+    sharded = se.shard_modules(model, se.plan_sharding(model, env, case.where), env)
+    optimizer = se.build_optimizer(sharded)
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        sharded(batch_of(case, step, env.rank))[0].backward()
+        optimizer.step()
+    return sharded, optimizer, all_rows(case, sharded, optimizer)
+
+
+def all_rows(
+    case: Case, sharded: nn.Module, optimizer: CombinedOptimizer
+) -> dict[str, torch.Tensor]:
+    state: Mapping[str, Any] = sharded.state_dict()
+    optimizer_state = optimizer.state_dict()["state"]
+    rows = {}
+    for table in case.tables:
+        key = f"collection.embedding_bags.{table.name}.weight"
+        like = torch.zeros(table.num_embeddings, table.embedding_dim)
+        rows[table.name] = whole_table(state[key], like)
+        rows[f"optimizer rows of {table.name}"] = optimizer_rows(optimizer_state, key, table, case)
+    return rows
+
+
+def check_all_pairs(env: Env, optimizer: SparseOptimizer, kinds: list[Layout], path: Path) -> None:
+    saved: dict[str, dict[str, torch.Tensor]] = {}
+    tables = make_tables(optimizer)
+    for layout in kinds:
+        case = Case(tables=tables, where=dict.fromkeys(NAMES, layout), num_samples=[4] * 4)
+        model, combined, saved[str(layout)] = trained(env, case, 3)
+        se.save_checkpoint(path / str(layout), model, combined, step=3, env=env)
+    for layout in kinds:
+        case = Case(tables=tables, where=dict.fromkeys(NAMES, layout), num_samples=[4] * 4)
+        model, combined, before = trained(env, case, 1)
+        for other, expected in saved.items():
+            assert se.load_checkpoint(path / other, model, combined, env=env) == 3
+            for name, rows in all_rows(case, model, combined).items():
+                assert not torch.equal(before[name], expected[name])
+                assert torch.equal(rows, expected[name]), f"{name}, {other} to {layout}"
+
+
+@pytest.mark.slow
+@spmd(world_size=4, num_nodes=2)
+def test_every_layout_opens_in_every_other_bit_for_bit(env: Env, tmp_path: Path) -> None:
+    check_all_pairs(env, optim.Adagrad(lr=0.1), every_layout(env), tmp_path / "adagrad")
+    whole_rows = [layout for layout in every_layout(env) if not layout.splits_columns]
+    check_all_pairs(env, optim.RowWiseAdagrad(lr=0.1), whole_rows, tmp_path / "row_wise_adagrad")
+
+
+@spmd(world_size=2)
+def test_accumulators_of_slices_do_not_open_as_accumulators_of_rows(
+    env: Env, tmp_path: Path
+) -> None:
+    tables = make_tables(optim.RowWiseAdagrad(lr=0.1))
+    slices = layouts.column_wise(ranks=[0, 1], accumulator_per_slice=True)
+    case = Case(tables=tables, where=dict.fromkeys(NAMES, slices), num_samples=[4, 4])
+    model, combined, _ = trained(env, case, 1)
+    path = se.save_checkpoint(tmp_path / "slices", model, combined, step=1, env=env)
+    rows = Case(tables=tables, where=dict.fromkeys(NAMES, layouts.row_wise()), num_samples=[4, 4])
+    model, combined, _ = trained(env, rows, 1)
+    with pytest.raises((ValueError, RuntimeError), match="momentum1' of shape"):
+        se.load_checkpoint(path, model, combined, env=env)
