@@ -169,7 +169,7 @@ def test_slices_of_two_widths_in_one_sequence_collection_are_refused(tmp_path: P
 @spmd(world_size=2)
 def test_ranks_train_by_a_file_or_are_refused_together(env: se.Env, tmp_path: Path) -> None:
     configs = [table("a"), table("b", feature_names=("b_id", "clicked"))]
-    where = {"a": layouts.row_wise(), "b": layouts.column_wise(ranks=[1, 0])}
+    where: dict[str, Layout] = {"a": layouts.row_wise(), "b": layouts.column_wise(ranks=[1, 0])}
     path = tmp_path / "plan.json"
     made = se.plan_sharding(se.EmbeddingBagCollection(configs), env, where)
     if env.is_main:
