@@ -55,6 +55,7 @@ LAYERS = (
         "search",
         "planner",
         "fits",
+        "probe",
         "plan",
         "torchrec_plan",
     },
