@@ -10,12 +10,22 @@ from shardemb.machines import GPUS_PER_NODE, MACHINES, Machine, machine_of
 if TYPE_CHECKING:  # a plan is read and compared without torch
     from shardemb.env import Env
 
-_ELSEWHERE = {"cpu": 128 << 30, "cuda": 32 << 30}
-"""Memory that TorchRec takes for a rank that is not here."""
-_MEMORY_GB_PER_S = {"cpu": 55, "cuda": 963}
-_INTRA_NODE_GB_PER_S, _INTER_NODE_GB_PER_S = 644, 13.4
-"""TorchRec's defaults, 51 and 897 GiB/s of memory, 600 and 12.5 GiB/s between ranks
-(TorchRec 1.8, `torchrec/distributed/planner/constants.py`)."""
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "memory_bytes": 128 << 30,
+        "memory_gb_per_s": 55.0,
+        "intra_node_gb_per_s": 2.0,
+        "inter_node_gb_per_s": 1.25,
+    },
+    "cuda": {
+        "memory_bytes": 32 << 30,
+        "memory_gb_per_s": 963.0,
+        "intra_node_gb_per_s": 644.0,
+        "inter_node_gb_per_s": 13.4,
+    },
+}
+"""What a rank has where nobody says: TorchRec's defaults (TorchRec 1.8, `distributed/planner/
+constants.py`), but on CPU what gloo reaches between processes, and a network of 10 Gb/s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +126,7 @@ def cluster_of(env: "Env") -> Cluster:
 
     Those of this run have the memory that is here: the CUDA device's, or on CPU an equal part of
     this node's for each rank on it. Bandwidths are those of the machine, where `shardemb.machines`
-    has its GPU, and else TorchRec's defaults. An environment that was made by hand is of another
+    has its GPU, and else defaults; `shardemb.probe` measures them. An environment that was made by hand is of another
     machine, and has 32 GiB of device memory or 128 GiB of host memory a rank, as TorchRec assumes:
     describe that machine by a `Cluster` instead.
 
@@ -137,10 +147,7 @@ def cluster_of(env: "Env") -> Cluster:
         num_nodes=env.num_nodes,
         ranks_per_node=env.local_world_size,
         device=device,
-        memory_bytes=_ELSEWHERE[device],
-        memory_gb_per_s=_MEMORY_GB_PER_S[device],
-        intra_node_gb_per_s=_INTRA_NODE_GB_PER_S,
-        inter_node_gb_per_s=_INTER_NODE_GB_PER_S,
+        **_DEFAULTS[device],
     )
     if not env.is_live:
         return cluster

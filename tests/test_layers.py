@@ -74,6 +74,7 @@ LAYERS = (
         "search",
         "planner",
         "fits",
+        "probe",
         "plan",
         "torchrec_plan",
     },
@@ -89,7 +90,7 @@ LAYERS = (
         "recipes.progress",
         "recipes.dlrm",
     },
-    {"cli"},
+    {"cli", "plan_command"},
     {"__main__"},
 )
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -20,6 +20,7 @@ from torch import nn
 import shardemb as se
 from shardemb import layouts, optim
 from shardemb.agree import by_main
+from shardemb.cluster import Cluster
 from shardemb.data.click_log import CriteoLoader, open_click_log
 from shardemb.data.clicks import CATEGORY_NAMES, INTEGER_NAMES
 from shardemb.data.generated import GeneratedLog, read_generated, write_click_log
@@ -149,7 +150,7 @@ def train(config: Config, env: Env) -> None:
 
     # Model, plan, shards, optimizer
     model = build_model(config)
-    plan = build_plan(config, model, env, workload)
+    plan = build_plan(without_plan_of_others(config, env), model, env, workload)
     say(f"\n{plan}\n")
     model = se.shard_modules(model, plan, env, declared_order=False)  # DLRM reads by name
     optimizer = se.build_optimizer(model, dense=lambda p: torch.optim.AdamW(p, lr=config.dense_lr))
@@ -238,15 +239,7 @@ def build_layouts(config: Config) -> dict[str, Layout]:
 
 
 def workload_of(batch_size: int, world_size: int, profile: DataProfile | None = None) -> Workload:
-    """The batches of a run as a plan counts them: by rank.
-
-    Args:
-        batch_size: Samples of a step on all ranks together.
-        world_size: Number of ranks.
-        profile: Of the data, if it was measured.
-
-    Returns:
-        The workload.
+    """What a step looks up: the samples of a rank, of those of all ranks together.
 
     Raises:
         ValueError: The batch does not divide by the ranks.
@@ -259,33 +252,28 @@ def workload_of(batch_size: int, world_size: int, profile: DataProfile | None = 
     return Workload(batch_size=batch_size // world_size, profile=profile)
 
 
-def build_plan(config: Config, model: nn.Module, env: Env, workload: Workload) -> ShardingPlan:
-    """The plan of the file that the config names, or a new one.
+def build_plan(
+    config: Config, model: nn.Module, where: Env | Cluster, workload: Workload
+) -> ShardingPlan:
+    """The plan of the file that the config names, if it fits, or a new one."""
+    if config.plan is not None:
+        return se.load_plan(config.plan, model, where)
+    return se.plan_sharding(model, where, build_layouts(config), workload=workload)
 
-    Args:
-        config: Of the run.
-        model: The model to shard.
-        env: This process.
-        workload: What a step looks up, for a new plan.
 
-    Returns:
-        The plan, the same on all ranks.
-
-    Raises:
-        ValueError: The plan of the file does not fit, and the run does not go on with other ranks.
-    """
-    if config.plan is None:
-        return se.plan_sharding(model, env, build_layouts(config), workload=workload)
+def without_plan_of_others(config: Config, env: Env) -> Config:
+    """The config of a run that goes on, without its plan if that is for other ranks."""
+    if not config.resume or config.plan is None:
+        return config
     path = config.plan
     cluster = by_main(env, f"reading the plan {path}", lambda: read_plan(path).cluster)
-    is_of_others = (cluster.world_size, cluster.num_nodes) != (env.world_size, env.num_nodes)
-    if config.resume and is_of_others:
-        say_on_main(env)(
-            f"{path} is a plan for {describe_ranks(cluster)}, and the run goes on with "
-            f"{env.world_size} on {env.num_nodes}: planning anew"
-        )
-        return build_plan(replace(config, plan=None), model, env, workload)
-    return se.load_plan(path, model, env)
+    if (cluster.world_size, cluster.num_nodes) == (env.world_size, env.num_nodes):
+        return config
+    say_on_main(env)(
+        f"{path} is a plan for {describe_ranks(cluster)}, and the run goes on with "
+        f"{env.world_size} on {env.num_nodes}: planning anew"
+    )
+    return replace(config, plan=None)
 
 
 def generate_log(config: Config, folder: RunFolder) -> GeneratedLog:
