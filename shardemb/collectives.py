@@ -60,8 +60,8 @@ class CollectiveCounter(TorchDispatchMode):
     """A context that counts what this rank hands to its collectives, forward and backward.
 
     It sees every collective that this thread starts, those of the backward passes that it starts,
-    of `DistributedDataParallel` and of TorchRec among them, on any backend. While it is open every
-    torch operation takes some microseconds more.
+    of `DistributedDataParallel` and of TorchRec among them. While it is open every torch operation
+    takes some microseconds more.
 
     Attributes:
         counts: By kind of collective and number of ranks of its process group.

@@ -1,13 +1,23 @@
 """What a plan makes the ranks send, hold and look up in one step. Arithmetic; measures nothing.
 
-The formulas follow TorchRec 1.8: the collectives of `dist_data.py` and `comm_ops.py` in
-torchrec/distributed, and what each of `sharding/*.py` hands to them.
+Of each group of tables, those of one layout in one collection, TorchRec 1.8 exchanges at once, with
+W ranks of N nodes of L (the classes are of torchrec/distributed):
+
+- the sizes of what follows, int64, between all pairs of ranks: `SplitsAllToAllAwaitable`;
+- lengths and ids, int64, and weights, float32, each to the rank of its shard, so of a slice of
+  columns to every slice: `KJTAllToAllTensorsAwaitable`;
+- rows or pooled rows, float32, to the rank that asked, and their gradients back. By layout:
+  table_wise, column_wise, table_column_wise and all sequences by all-to-all: `All2All_Pooled_Req`,
+  `All2All_Seq_Req`; row_wise by a reduce-scatter, whose gradient is an all-gather:
+  `ReduceScatterBase_Req`; table_row_wise and grid_shard by a reduce-scatter between the L ranks of
+  a node and an all-to-all between the N ranks of one number: `TwRwPooledEmbeddingDist`;
+- of data_parallel tables nothing but the gradient of all rows, by an all-reduce.
 """
 
 # T tables, W ranks, S shards of a table
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,21 +38,21 @@ _IN_NODES = {TableRowWise.torchrec_name, GridShard.torchrec_name}
 class Traffic:
     """What each table costs each rank in a step: forward, backward and update.
 
-    Bytes are sent when they leave a rank; what a rank keeps for itself is not. A collective of W
-    ranks counts as the exchange that moves the least: all-to-all what is addressed to others,
-    reduce-scatter (W - 1) / W of its input, all-gather W - 1 times its input, all-reduce
-    2 (W - 1) / W times its tensor.
+    Sent is what leaves a rank, counted as in `shardemb.CollectiveCounter`, which counts the same
+    in a step that runs.
 
     Attributes:
         tables: Names of the tables, as in the plan.
         sent_bytes_TW: Bytes that each rank sends for each table, float64 [T, W]: ids, lengths and
             weights to the shards, rows or pooled rows back, and their gradients.
-        activation_bytes_TW: Bytes that pass through each rank's memory for each table, float64
-            [T, W], counted once each as if all were held until the step ends: ids, lengths and
-            weights, rows or pooled rows and their gradients, before and after each exchange.
+        activation_bytes_TW: Bytes of memory that a step takes on each rank for each table, float64
+            [T, W], as if all were held until it ends: ids, lengths and weights, rows or pooled
+            rows and their gradients, each before and after each exchange; of a data-parallel table
+            also the gradient of all rows.
         lookups_TW: Ids that are looked up on each rank, float64 [T, W].
         shared_bytes_W: Bytes that each rank sends for no table in particular, float64 [W]: the
             sizes of what follows.
+        num_holders_T: How many ranks hold rows of each table, float64 [T].
     """
 
     tables: tuple[str, ...]
@@ -50,6 +60,7 @@ class Traffic:
     activation_bytes_TW: Floats
     lookups_TW: Floats
     shared_bytes_W: Floats
+    num_holders_T: Floats
 
     @property
     def sent_bytes_W(self) -> Floats:  # noqa: N802 - its shape
@@ -63,10 +74,9 @@ class Traffic:
 
         1 where all are equally busy, and where nothing is looked up.
         """
-        holders_T = (self.lookups_TW > 0).sum(1)
         total_T = self.lookups_TW.sum(1)
         skew_T: Floats = np.divide(
-            self.lookups_TW.max(1, initial=0.0) * holders_T,
+            self.lookups_TW.max(1, initial=0.0) * self.num_holders_T,
             total_T,
             out=np.ones(len(self.tables)),
             where=total_T > 0,
@@ -116,49 +126,72 @@ def traffic_of(plan: ShardingPlan) -> Traffic:
         activation_bytes_TW=activations,
         lookups_TW=lookups,
         shared_bytes_W=_shared_bytes(plan),
+        num_holders_T=np.array(
+            [len({shard.rank for shard in table.shards}) for table in plan.tables], np.float64
+        ),
     )
 
 
-def _of_table(
-    table: TablePlacement, plan: ShardingPlan, *, has_gradient: bool
-) -> tuple[Floats, Floats, Floats]:
-    """Bytes sent, bytes held and lookups of a table, float64 [W] each."""
+class _TableTraffic(NamedTuple):
+    """What one table costs each rank, float64 [W] each."""
+
+    sent_bytes_W: Floats
+    activation_bytes_W: Floats
+    lookups_W: Floats
+
+
+class _Batch(NamedTuple):
+    """What one rank's batch asks of each rank for a table, float64 [W] each."""
+
+    ids_W: Floats
+    question_bytes_W: Floats
+    answer_bytes_W: Floats
+
+
+def _of_table(table: TablePlacement, plan: ShardingPlan, *, has_gradient: bool) -> _TableTraffic:
+    batch = _batch_of(table, plan)
+    if table.layout == DataParallel.torchrec_name:
+        return _of_replicas(table, batch)
+    question_W, answer_W = batch.question_bytes_W, batch.answer_bytes_W
     size, num_nodes = plan.world_size, plan.num_nodes
-    ids_W, row_bytes_W, num_shards_W = _by_rank(table, plan)
-    bags = plan.workload.batch_size * len(table.feature_names)
-    id_bytes = _INT64 + (_FLOAT32 if table.is_weighted else 0)
-    # what one rank hands to each, and each hands back: for pooled rows and for sequences
-    asked_W = ids_W * id_bytes + num_shards_W * bags * _INT64
-    if table.layout == DataParallel.torchrec_name or size == 1:
-        gradient = 0
-        if table.layout == DataParallel.torchrec_name:
-            gradient = table.num_embeddings * table.embedding_dim * _FLOAT32
-        sent_W = np.full(size, 2 * (size - 1) / size * gradient)
-        return sent_W, asked_W + row_bytes_W * (1 + has_gradient) + gradient, ids_W
-    sent_W = asked_W.sum() - asked_W + (size - 1) * row_bytes_W
-    rows_on_the_way_W = size * row_bytes_W
+    answer = _whole_answer(table, plan.workload)
+    if size == 1:
+        held_W = question_W + answer * (1 + has_gradient)
+        return _TableTraffic(np.zeros(1), held_W, batch.ids_W)
+    sent_W = question_W.sum() - question_W + (size - 1) * answer_W
+    rows_W = size * answer_W + answer
     if table.layout in _IN_NODES and 1 < num_nodes < size:
-        rows_on_the_way_W = rows_on_the_way_W + 2 * num_nodes * row_bytes_W
+        rows_W += 2 * num_nodes * answer_W  # between the two exchanges
     if has_gradient:
-        sent_W = sent_W + _gradient_bytes(table, row_bytes_W, num_nodes)
-    answer = _answer_bytes(table, plan)
-    held_W = asked_W.sum() + size * asked_W + (rows_on_the_way_W + answer) * (1 + has_gradient)
-    return sent_W, held_W, size * ids_W
+        sent_W += _sent_gradients(table, answer_W, num_nodes)
+        rows_W *= 2
+    held_W = question_W.sum() + size * question_W + rows_W
+    return _TableTraffic(sent_W, held_W, size * batch.ids_W)
 
 
-def _gradient_bytes(table: TablePlacement, row_bytes_W: Floats, num_nodes: int) -> Floats:
+def _of_replicas(table: TablePlacement, batch: _Batch) -> _TableTraffic:
+    """Every rank looks up its own batch; a frozen table has a gradient too, of zeros."""
+    size = len(batch.ids_W)
+    gradient = table.num_embeddings * table.embedding_dim * _FLOAT32
+    return _TableTraffic(
+        sent_bytes_W=np.full(size, 2 * (size - 1) * gradient / size),
+        activation_bytes_W=batch.question_bytes_W + 2 * batch.answer_bytes_W + gradient,
+        lookups_W=batch.ids_W,
+    )
+
+
+def _sent_gradients(table: TablePlacement, answer_W: Floats, num_nodes: int) -> Floats:
     """Bytes of gradients that each rank sends to where the rows are."""
-    to_others_W: Floats = row_bytes_W.sum() - row_bytes_W
-    if table.layout in _IN_NODES:
-        local_size = len(row_bytes_W) // num_nodes
-        to_others_W = row_bytes_W.sum() / local_size - row_bytes_W
-        to_others_W += (local_size - 1) * num_nodes * row_bytes_W
-    return to_others_W
+    sent_W: Floats = answer_W.sum() - answer_W
+    if table.layout in _IN_NODES:  # to one rank of each other node, and on within its node
+        local_size = len(answer_W) // num_nodes
+        sent_W = answer_W.sum() / local_size - answer_W
+        sent_W += (local_size - 1) * num_nodes * answer_W
+    return sent_W
 
 
-def _by_rank(table: TablePlacement, plan: ShardingPlan) -> tuple[Floats, Floats, Floats]:
-    """What one rank's batch asks of each: ids, bytes of rows in answer, and of how many shards."""
-    shards, size = table.shards, plan.world_size
+def _batch_of(table: TablePlacement, plan: ShardingPlan) -> _Batch:
+    shards = table.shards
     rank_S = np.fromiter((shard.rank for shard in shards), np.int64, len(shards))
     columns_S = np.fromiter((shard.num_columns for shard in shards), np.float64, len(shards))
     first_S = np.fromiter((shard.first_row for shard in shards), np.float64, len(shards))
@@ -166,13 +199,19 @@ def _by_rank(table: TablePlacement, plan: ShardingPlan) -> tuple[Floats, Floats,
     ids_S = np.zeros(len(shards))
     for feature in table.feature_names:
         ids_S += _ids(feature, table, plan.workload, first_S, rows_S)
-    bags = plan.workload.batch_size * len(table.feature_names)
-    answers_S = ids_S if table.pooling is None else np.full(len(shards), float(bags))
-    ids_W, row_bytes_W, num_shards_W = (
-        np.bincount(rank_S, weights=of_S, minlength=size).astype(np.float64)
-        for of_S in (ids_S, answers_S * columns_S * _FLOAT32, np.ones(len(shards)))
+    num_bags = plan.workload.batch_size * len(table.feature_names)
+    answers_S = ids_S if table.pooling is None else np.full(len(shards), float(num_bags))
+    id_bytes = _INT64 + _FLOAT32 * table.is_weighted
+    return _Batch(
+        *(
+            np.bincount(rank_S, weights=of_S, minlength=plan.world_size).astype(np.float64)
+            for of_S in (
+                ids_S,
+                ids_S * id_bytes + num_bags * _INT64,
+                answers_S * columns_S * _FLOAT32,
+            )
+        )
     )
-    return ids_W, row_bytes_W, num_shards_W
 
 
 def _ids(
@@ -210,14 +249,12 @@ def _counted_before(profile: FeatureProfile, row_S: npt.NDArray[np.generic]) -> 
     return counted_S
 
 
-def _answer_bytes(table: TablePlacement, plan: ShardingPlan) -> float:
+def _whole_answer(table: TablePlacement, workload: Workload) -> float:
     """Bytes of rows or pooled rows that come back to each rank."""
-    workload = plan.workload
+    num_rows: float = workload.batch_size * len(table.feature_names)
     if table.pooling is None:
-        rows = sum(workload.batch_size * workload.ids_of(f) for f in table.feature_names)
-    else:
-        rows = workload.batch_size * len(table.feature_names)
-    return rows * table.embedding_dim * _FLOAT32
+        num_rows = sum(workload.batch_size * workload.ids_of(f) for f in table.feature_names)
+    return num_rows * table.embedding_dim * _FLOAT32
 
 
 def _group(table: TablePlacement) -> tuple[str, str]:
@@ -244,16 +281,11 @@ def _groups_with_gradient(plan: ShardingPlan) -> set[tuple[str, str]]:
 
 
 def _shared_bytes(plan: ShardingPlan) -> Floats:
-    """Bytes of the sizes that go before each group's ids: of every tensor, and the batch's."""
-    num_numbers = 0
-    for group in _exchanged_groups(plan.tables).values():
-        num_tensors = 3 if group.is_weighted else 2
-        num_numbers += num_tensors + 1
-    return np.full(plan.world_size, float((plan.world_size - 1) * num_numbers * _INT64))
-
-
-def _exchanged_groups(
-    tables: Iterable[TablePlacement],
-) -> dict[tuple[str, str], TablePlacement]:
-    """A table of each group that exchanges ids."""
-    return {_group(table): table for table in tables if table.layout != DataParallel.torchrec_name}
+    """Bytes of the sizes that go before each group's tensors: of every tensor, and the batch's."""
+    num_tensors = {
+        _group(table): 3 if table.is_weighted else 2
+        for table in plan.tables
+        if table.layout != DataParallel.torchrec_name
+    }
+    num_sizes = sum(number + 1 for number in num_tensors.values())
+    return np.full(plan.world_size, float((plan.world_size - 1) * num_sizes * _INT64))

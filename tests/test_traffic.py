@@ -61,18 +61,17 @@ def check(case: Case, env: Env) -> None:
             sharded(batch).backward()
             optimizer.step()
     of_scale = 2 * (env.world_size - 1) / env.world_size * 4
-    assert counter.sent_bytes - of_scale == exactly(predicted.sent_bytes_W[env.rank]), case.name
-    assert sum(looked_up) == exactly(predicted.lookups_TW[:, env.rank].sum()), case.name
+    same(case, "sent", counter.sent_bytes - of_scale, predicted.sent_bytes_W[env.rank])
+    same(case, "looked up", sum(looked_up), predicted.lookups_TW[:, env.rank].sum())
     if layouts.data_parallel() not in case.where.values():
         buffers = sum(count.buffer_bytes for count in counter.counts.values()) - 4
         sizes = predicted.shared_bytes_W[env.rank] * env.world_size / (env.world_size - 1) * 2
-        held = predicted.activation_bytes_TW[:, env.rank].sum()
-        assert buffers - sizes == exactly(held), case.name
+        same(case, "held", buffers - sizes, predicted.activation_bytes_TW[:, env.rank].sum())
 
 
-def exactly(value: float) -> Any:
-    """To the byte: the rest is the rounding of a profile's shares."""
-    return pytest.approx(value, rel=0, abs=1e-6)
+def same(case: Case, what: str, counted: float, predicted: float) -> None:
+    """Equal to the byte: the rest is the rounding of a profile's shares."""
+    assert abs(counted - predicted) < 1e-6, f"{case.name}: {what} {counted}, not {predicted}"
 
 
 @spmd(world_size=2)
@@ -124,6 +123,18 @@ def test_lookups_follow_the_profile(block_rows: int) -> None:
     assert traffic.lookups_TW[0] == pytest.approx(expected)
     assert traffic.skew_T[0] == pytest.approx(max(expected) / np.mean(expected))
     assert traffic.skew_T[0] > 1.2
+
+
+def test_skew_counts_the_ranks_that_nobody_asks() -> None:
+    features = {"user": profile_of(np.arange(8), 40)}  # all in the first of four shards
+    workload = Workload(
+        profile=DataProfile(source="low ids", features=features), ids_per_sample={"item": 0}
+    )
+    model = se.EmbeddingBagCollection(TABLES[:1])
+    where: dict[str, Layout] = {"a": layouts.row_wise()}
+    traffic = traffic_of(se.plan_sharding(model, Env(world_size=4), where, workload=workload))
+    assert traffic.lookups_TW.tolist() == [[4 * 512, 0, 0, 0]]
+    assert traffic.skew_T.tolist() == [4]
 
 
 def test_even_layouts_and_tables_that_nobody_asks_have_no_skew() -> None:

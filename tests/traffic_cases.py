@@ -144,7 +144,7 @@ def pooled_cases(env: Env) -> Iterator[Case]:
 
 def sequence_cases(env: Env) -> Iterator[Case]:
     """The layouts that sequences may have; slices of one collection have one width."""
-    last, rows = env.world_size - 1, layouts.row_wise()
+    last, rows, replicas = env.world_size - 1, layouts.row_wise(), layouts.data_parallel()
     whole, columns, node_columns = (
         layouts.table_wise,
         layouts.column_wise,
@@ -156,6 +156,7 @@ def sequence_cases(env: Env) -> Iterator[Case]:
         "row_wise": (rows, rows, rows),
         "column_wise": (columns([0, last]), columns([last, 0]), columns([1, 0])),
         "both column_wise": (columns([0, last]), node_columns([0, 1]), node_columns([1, 0])),
+        "data_parallel": (replicas, replicas, replicas),
         "each": (rows, whole(last), columns([0, last])),
     }
     for name, where in kept.items():

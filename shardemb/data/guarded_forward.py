@@ -58,23 +58,34 @@ class GuardedForward:
         self,
         module: nn.Module,  # noqa: ARG002
         args: tuple[Any, ...],
-    ) -> tuple[Any, ...] | None:
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What torch calls before a forward.
 
         Args:
             module: The collection.
             args: What its forward was called with.
+            kwargs: What it was called with by name.
 
         Returns:
-            Other arguments, or None to leave these.
+            The batch as it is to be looked up, and no arguments by name.
 
         Raises:
             ValueError: The batch is refused.
         """
-        if not args or not isinstance(args[0], KeyedJaggedTensor):
-            return None
+        (batch,) = (*args, *kwargs.values())
+        if not isinstance(batch, KeyedJaggedTensor):
+            raise ValueError(
+                f"the collection of features {self._keys} looks up a KeyedJaggedTensor, got "
+                f"{type(batch).__name__}; shardemb.keyed_jagged_tensor makes one"
+            )
+        if batch.variable_stride_per_key():
+            raise ValueError(
+                f"the collection of features {self._keys} got a batch whose features differ in "
+                "their number of samples, which is not supported; give each sample a bag of every "
+                "feature, be it empty"
+            )
         self._count()
-        batch = args[0]
         self.guard.check_features(batch)
         if self._check_ids and not any(checked.is_in(batch) for checked in self.checked):
             self.guard.check(batch)
@@ -88,7 +99,7 @@ class GuardedForward:
                 lengths=batch.lengths().long(),
                 weights=batch.weights_or_none(),
             )
-        return None if batch is args[0] else (batch, *args[1:])
+        return (batch,), {}
 
     def _count(self) -> None:
         if self.lookups_left is None or not torch.is_grad_enabled():

@@ -57,7 +57,8 @@ class IdGuard:
             known = self._limits.get(limit.feature)
             if known is None or limit.num_embeddings < known.num_embeddings:
                 self._limits[limit.feature] = limit
-        self._is_weighted = limits[0].is_weighted
+        self.is_weighted = limits[0].is_weighted
+        """Whether every id of a batch must have a weight."""
         self._smallest = min(limit.num_embeddings for limit in self._limits.values())
 
     @property
@@ -109,7 +110,7 @@ class IdGuard:
         if len(set(keys)) < len(keys):
             raise ValueError(f"the batch has a feature twice: {keys}")
         has_weights = batch.weights_or_none() is not None
-        if has_weights != self._is_weighted:
+        if has_weights != self.is_weighted:
             raise ValueError(
                 "the batch has weights, and the tables do not use them; leave them out"
                 if has_weights
