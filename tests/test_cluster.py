@@ -151,10 +151,10 @@ def test_probe_measures_ranks_that_exchange(capsys: pytest.CaptureFixture[str]) 
     assert (measured.world_size, measured.num_nodes) == (2, 1)
     if not torch.cuda.is_available():
         assert measured.memory_bytes == host_memory_bytes() // 2
-    assert 0.01 < measured.intra_node_gb_per_s
-    assert 0.1 < measured.memory_gb_per_s
+    assert measured.intra_node_gb_per_s > 0.001
+    assert measured.memory_gb_per_s > 0.01
     assert "2 ranks" in out.getvalue()
     assert f"{measured.memory_gb_per_s:.3g} GB/s, by copies" in out.getvalue()
     assert capsys.readouterr().out == ""
-    with pytest.raises(ValueError, match="probe: num_ranks must be from 1 to .*, got 0"):
+    with pytest.raises(ValueError, match=r"probe: num_ranks must be from 1 to .*, got 0"):
         probe(num_ranks=0)

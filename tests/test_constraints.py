@@ -1,6 +1,7 @@
 """Constraints are kept to exactly, and refused by name where nothing could keep to them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ CLUSTER = Cluster(
     intra_node_gb_per_s=5,
     inter_node_gb_per_s=1,
 )
+WHOLE = {name: ["table_wise"] for name in "abcdef"}
 
 
 def table(name: str, num_embeddings: int = 10_000, **changed: Any) -> se.TableConfig:
@@ -34,9 +36,12 @@ def table(name: str, num_embeddings: int = 10_000, **changed: Any) -> se.TableCo
 
 
 def plan(
-    constraints: se.Constraints, named: Mapping[str, Layout] | None = None, **sizes: int
+    constraints: se.Constraints,
+    named: Mapping[str, Layout] | None = None,
+    *,
+    num_embeddings: int = 10_000,
 ) -> se.ShardingPlan:
-    tables = [table(name, sizes.get(name, 10_000)) for name in "abcdef"]
+    tables = [table(name, num_embeddings) for name in "abcdef"]
     model = se.EmbeddingBagCollection(tables)
     return se.plan_sharding(model, CLUSTER, named, constraints=constraints)
 
@@ -74,10 +79,8 @@ def test_tables_that_are_colocated_lie_on_the_same_ranks() -> None:
     of = {found.table: (found.layout, [s.rank for s in found.shards]) for found in made.tables}
     assert of["a"] == of["d"] == of["e"]
     assert of["b"] == of["c"] == ("column_wise", [3, 0])
-    apart = plan(se.Constraints(layouts=dict.fromkeys("abcdef", ["table_wise"])))
-    together = plan(
-        se.Constraints(layouts=dict.fromkeys("abcdef", ["table_wise"]), colocate=groups)
-    )
+    apart = plan(se.Constraints(layouts=WHOLE))
+    together = plan(se.Constraints(layouts=WHOLE, colocate=groups))
     assert len({r for t in "ade" for r in ranks(apart)[t]}) > 1
     assert len({r for t in "ade" for r in ranks(together)[t]}) == 1
 
@@ -97,20 +100,14 @@ def test_replicated_tables_are_on_every_rank() -> None:
 
 
 def test_headroom_stays_free() -> None:
-    rows = 1_100_000  # 269 MiB: 3 of 4 ranks are full with 3 tables, at no headroom
-    sizes = dict.fromkeys("abcdef", rows)
-    only = dict.fromkeys("abcdef", ["table_wise"])
-    roomy = plan(se.Constraints(layouts=only, headroom=0.2), **sizes)
+    rows = 1_100_000  # 269 MiB: three of them are 79 % of a rank's memory
+    roomy = plan(se.Constraints(layouts=WHOLE, headroom=0.2), num_embeddings=rows)
     assert max(roomy.bytes_per_rank) <= 0.8 * CLUSTER.memory_bytes
-    packed = se.Constraints(
-        layouts=only, ranks=dict.fromkeys("abcdef", [0, 1]), headroom=0.2
-    )
-    assert max(plan(packed, **sizes).bytes_per_rank) == 3 * rows * 64 * 4
-    with pytest.raises(RunError, match="less 0.3 of it as headroom"):
-        plan(
-            se.Constraints(layouts=only, ranks=dict.fromkeys("abcdef", [0, 1]), headroom=0.3),
-            **sizes,
-        )
+    on_two = {name: [0, 1] for name in "abcdef"}
+    packed = se.Constraints(layouts=WHOLE, ranks=on_two, headroom=0.2)
+    assert plan(packed, num_embeddings=rows).bytes_per_rank[:2] == [3 * rows * 64 * 4] * 2
+    with pytest.raises(RunError, match=r"less 0\.3 of it as headroom"):
+        plan(replace(packed, headroom=0.3), num_embeddings=rows)
 
 
 @pytest.mark.parametrize(
