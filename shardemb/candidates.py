@@ -223,7 +223,10 @@ def topology_of(cluster: Cluster) -> Topology:
             intra_host_bw=cluster.intra_node_gb_per_s * 1e6,
             inter_host_bw=cluster.inter_node_gb_per_s * 1e6,
         ),
-        kernel_config=KernelConfig(compute_device=cluster.device),
+        # without it, TorchRec 1.8 drops all bandwidths and takes its defaults
+        kernel_config=KernelConfig(
+            compute_device=cluster.device, use_hardware_based_bandwidth=True
+        ),
     )
 
 

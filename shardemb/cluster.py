@@ -125,10 +125,10 @@ def cluster_of(env: "Env") -> Cluster:
     """The ranks of an environment as a cluster.
 
     Those of this run have the memory that is here: the CUDA device's, or on CPU an equal part of
-    this node's for each rank on it. Bandwidths are those of the machine, where `shardemb.machines`
-    has its GPU, and else defaults; `shardemb.probe` measures them. An environment that was made by hand is of another
-    machine, and has 32 GiB of device memory or 128 GiB of host memory a rank, as TorchRec assumes:
-    describe that machine by a `Cluster` instead.
+    this node's for each rank on it. Bandwidths are those of the machine where `shardemb.machines`
+    has its GPU, and else defaults; `shardemb.probe` measures them. An environment that was made by
+    hand is of another machine, and has 32 GiB of device memory or 128 GiB of host memory a rank, as
+    TorchRec assumes: describe that machine by a `Cluster` instead.
 
     Args:
         env: The ranks.

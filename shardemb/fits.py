@@ -126,7 +126,11 @@ def _more_nodes(problem: Problem) -> Iterator[str]:
 
 
 def _float16(problem: Problem, names: tuple[str, ...]) -> Iterator[str]:
-    for chosen, text in ((names, _tables(names)), (tuple(problem.tables), "all tables")):
+    """Half the bytes for the tables that do not fit, for the largest one, or for all."""
+    tables = problem.tables
+    largest = max(tables, key=lambda name: tables[name].weight.numel())
+    tried = {_tables(names): names, _tables((largest,)): (largest,), "all tables": tuple(tables)}
+    for text, chosen in tried.items():
         collections = {
             path: replace(
                 found,

@@ -78,7 +78,7 @@ def _report(cluster: Cluster, *, exchanged: bool) -> str:
         f"measured: {cluster.name}, {cluster.ranks_per_node} rank"
         f"{'s' * (cluster.ranks_per_node > 1)}\n"
         f"  memory of a rank     {format_bytes(cluster.memory_bytes)}\n"
-        f"  its bandwidth        {cluster.memory_gb_per_s:.3g} GB/s, by a copy on all ranks at once\n"
+        f"  its bandwidth        {cluster.memory_gb_per_s:.3g} GB/s, by copies on all at once\n"
         f"  sent to other ranks  {exchange}\n"
         "  sent between nodes   not measured, taken as within this one\n"
     )
