@@ -1,11 +1,11 @@
 """What differs between two plans, and the exit status that says so."""
 
 import re
+from dataclasses import replace
 
 import shardemb as se
 from shardemb import layouts
 from shardemb.layouts import Layout
-from shardemb.placement import ShardingPlan
 from shardemb.plan_diff import diff_plans
 from shardemb.text import format_bytes
 from shardemb.workload import Workload
@@ -59,14 +59,10 @@ def test_tables_that_come_go_and_change_are_told() -> None:
 
 def test_another_order_cluster_or_workload_is_told() -> None:
     before = every_layout(profile=True)
-    turned = ShardingPlan(
-        cluster=before.cluster, workload=before.workload, tables=before.tables[::-1]
-    )
+    turned = replace(before, tables=before.tables[::-1])
     assert "(tables)  order" in diff_plans(before, turned)
     other = every_layout()
-    sized = ShardingPlan(
-        cluster=other.cluster, workload=Workload(batch_size=64), tables=other.tables
-    )
+    sized = replace(other, workload=Workload(batch_size=64))
     text = diff_plans(before, sized)
     assert re.search(r"\(workload\) +batch_size +128 -> +64", text)
     assert re.search(r"\(workload\) +ids_per_sample of 'clicked' +2.5 -> +none", text)

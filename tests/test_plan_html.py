@@ -1,6 +1,7 @@
 """The page of a plan: its bars add up to the plan's numbers, and nothing comes from elsewhere."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -134,10 +135,8 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
 def test_the_memory_of_a_rank_is_drawn_where_it_is_near() -> None:
     plan = many_tables(2, num_nodes=1, ranks_per_node=2)
     assert 'class="limit"' not in plan.to_html()
-    small = type(plan.cluster)(
-        **vars(plan.cluster) | {"memory_bytes": round(1.25 * max(plan.bytes_per_rank))}
-    )
-    near = type(plan)(cluster=small, workload=plan.workload, tables=plan.tables)
+    memory_bytes = round(1.25 * max(plan.bytes_per_rank))
+    near = replace(plan, cluster=replace(plan.cluster, memory_bytes=memory_bytes))
     memory = charts(near.to_html())[0]
     (limit,) = [line for line in memory.iter(f"{SVG}line") if line.get("class") == "limit"]
     rects = list(memory.iter(f"{SVG}rect"))

@@ -1,6 +1,7 @@
 """`print(plan)`: what it says is what the plan holds."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,6 @@ import pytest
 import shardemb as se
 from shardemb import layouts
 from shardemb.plan_costs import costs_of
-from shardemb.plan_text import plan_to_text
 from shardemb.text import format_bytes
 from shardemb.traffic import traffic_of
 from tests.plans import ENV, LAYOUTS, every_layout, many_tables, table
@@ -89,12 +89,9 @@ def test_a_shard_that_nobody_asks_counts_as_cold() -> None:
     plan = every_layout(profile=True)
     profile = plan.workload.profile
     assert profile is not None
-    only_7 = {"num_ids": 1003, "block_counts": (0,)}
-    feature = profile.features["user_id"]
-    hot = type(feature)(**vars(feature) | only_7)
-    skewed = type(profile)(source="x", features={"user_id": hot})
-    workload = type(plan.workload)(**vars(plan.workload) | {"profile": skewed})
-    text = plan_to_text(type(plan)(cluster=plan.cluster, workload=workload, tables=plan.tables))
+    hot = replace(profile.features["user_id"], num_ids=1003, block_counts=(0,))
+    skewed = replace(profile, features={"user_id": hot})
+    text = str(replace(plan, workload=replace(plan.workload, profile=skewed)))
     assert "4.00" in text.partition("split by rows")[2]
 
 

@@ -314,7 +314,7 @@ def test_the_command_says_what_it_can_do(
     captured = capsys.readouterr()
     assert "there is no command 'fly'; there are train, plan, data, doctor" in captured.err
     out = tmp_path / "log"
-    assert cli.main(["data", str(out), "--rows", "50", "--test-rows", "20"]) == 0
+    assert cli.main(["data", "generate", str(out), "--rows", "50", "--test-rows", "20"]) == 0
     assert "50 rows to train on, 20 held out" in capsys.readouterr().out
     assert (out / "train.txt").read_text().count("\n") == 50
 

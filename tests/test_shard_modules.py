@@ -91,8 +91,11 @@ def test_keys_in_another_order_give_the_same_features(env: Env) -> None:
     _, first = model(se.keyed_jagged_tensor(bags, tables))
     turned = dict(reversed(bags.items()))
     _, second = model(se.keyed_jagged_tensor(turned, tables))
-    extra = {"other": [[99]] * (NUM_SAMPLES // env.world_size)} | turned
-    _, third = model(se.keyed_jagged_tensor(extra, tables))
+    size = NUM_SAMPLES // env.world_size
+    other = KeyedJaggedTensor(
+        keys=["other"], values=torch.full((size,), 99), lengths=torch.ones(size, dtype=torch.int64)
+    )
+    _, third = model(KeyedJaggedTensor.concat([other, se.keyed_jagged_tensor(turned, tables)]))
     narrow = se.keyed_jagged_tensor(bags, tables)
     if env.rank == 1:  # ids and lengths of another dtype on one rank only
         narrow = KeyedJaggedTensor(
