@@ -105,13 +105,14 @@ def workload_of(tables: Sequence[se.TableConfig], num_batches: int = 64) -> Work
         drawn = [draw(table.name, table.num_embeddings, generator) for _ in range(num_batches)]
         ids = np.concatenate([bag for bags in drawn for bag in bags])
         block_rows = max(1, table.num_embeddings // 1000)
+        num_blocks = -(-table.num_embeddings // block_rows)
         features[table.name] = FeatureProfile(
             num_embeddings=table.num_embeddings,
             num_samples=num_batches * BATCH_SIZE,
             num_ids=len(ids),
             num_rows_touched=len(np.unique(ids)),
             block_rows=block_rows,
-            block_counts=tuple(np.bincount(ids // block_rows, minlength=1000).tolist()),
+            block_counts=tuple(np.bincount(ids // block_rows, minlength=num_blocks).tolist()),
         )
     profile = DataProfile(source="other batches", features=features)
     return Workload(batch_size=BATCH_SIZE, profile=profile)

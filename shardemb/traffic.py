@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shardemb.data.profile import FeatureProfile
 from shardemb.layouts import ColumnWise, DataParallel, GridShard, TableColumnWise, TableRowWise
 from shardemb.placement import ShardingPlan, TablePlacement
 from shardemb.workload import Workload
@@ -227,26 +226,13 @@ def _ids(
     if profile is None or not profile.num_ids:
         return total * rows_S / table.num_embeddings
     end_S = first_S + rows_S
-    if _counted_before(profile, np.array([table.num_embeddings]))[0] < profile.num_ids:
+    if profile.ids_before([table.num_embeddings])[0] < profile.num_ids:
         raise ValueError(
             f"the profile has ids of feature {feature!r} that table {table.table!r} does not have, "
             f"of {table.num_embeddings} rows; it was counted for {profile.num_embeddings}"
         )
-    counted_S = _counted_before(profile, end_S) - _counted_before(profile, first_S)
+    counted_S = profile.ids_before(end_S) - profile.ids_before(first_S)
     return total * counted_S / profile.num_ids
-
-
-def _counted_before(profile: FeatureProfile, row_S: npt.NDArray[np.generic]) -> Floats:
-    """Counted ids below each of some rows; within a block they are taken as even."""
-    num_blocks = len(profile.block_counts)
-    edges = np.minimum(np.arange(num_blocks + 1) * profile.block_rows, profile.num_embeddings)
-    below = np.concatenate([[0], np.cumsum(profile.block_counts)])
-    hot = np.array(sorted(profile.hot_rows), np.int64)
-    hot_counts = np.array([profile.hot_rows[int(row)] for row in hot], np.int64)
-    hot_below = np.concatenate([[0], np.cumsum(hot_counts)])
-    counted_S: Floats = np.interp(row_S.astype(np.float64), edges, below)
-    counted_S += hot_below[np.searchsorted(hot, row_S)]
-    return counted_S
 
 
 def _whole_answer(table: TablePlacement, workload: Workload) -> float:

@@ -227,7 +227,7 @@ def test_a_run_keeps_its_data(tmp_path: Path) -> None:
     folder.keep("data.json", "one")
     folder.keep("data.json", "two")  # nothing was trained on the first
     folder.checkpoint_path(5).mkdir(parents=True)
-    header = {"format": 1, "step": 5, "settings": {}}
+    header = {"format": 2, "step": 5, "settings": {}}
     (folder.checkpoint_path(5) / "shardemb.json").write_text(json.dumps(header))
     folder.keep("data.json", "two")
     with pytest.raises(ValueError, match=r"began with other data than now, as .*data\.json tells"):

@@ -12,7 +12,7 @@ from shardemb.data.id_guard import FeatureLimit, IdGuard
 
 
 class CheckedBatch:
-    """What makes a checked batch known again: the same ids, unchanged, in the same bags.
+    """What makes a checked batch known again: the same ids and weights, unchanged, in their bags.
 
     Args:
         batch: The batch, on the device.
@@ -20,18 +20,23 @@ class CheckedBatch:
 
     def __init__(self, batch: KeyedJaggedTensor) -> None:
         self._keys = list(batch.keys())
-        self._ids, self._lengths = batch.values(), batch.lengths()
-        self._versions = self._ids._version, self._lengths._version
+        self._tensors = _tensors_of(batch)
+        self._versions = [tensor._version for tensor in self._tensors]
 
     def is_in(self, batch: KeyedJaggedTensor) -> bool:
-        """Whether a batch has these ids in these bags."""
-        ids, lengths = batch.values(), batch.lengths()
+        """Whether a batch has these ids, with these weights, in these bags."""
+        tensors = _tensors_of(batch)
         return (
-            ids is self._ids
-            and lengths is self._lengths
-            and (ids._version, lengths._version) == self._versions
+            len(tensors) == len(self._tensors)
+            and all(mine is its for mine, its in zip(self._tensors, tensors, strict=True))
+            and [tensor._version for tensor in tensors] == self._versions
             and list(batch.keys()) == self._keys
         )
+
+
+def _tensors_of(batch: KeyedJaggedTensor) -> list[torch.Tensor]:
+    tensors = (batch.values(), batch.lengths(), batch.weights_or_none())
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 class GuardedForward:

@@ -110,11 +110,23 @@ class FeatureProfile:
         Returns:
             float64 [S].
         """
-        rows = np.asarray(boundaries)
-        edges, before_edges, hot_rows, before_hot = self._sums
-        counts = np.interp(rows, edges, before_edges) + before_hot[np.searchsorted(hot_rows, rows)]
-        shares: npt.NDArray[np.float64] = np.diff(counts) / max(1, self.num_ids)
+        counts = np.diff(self.ids_before(boundaries))
+        shares: npt.NDArray[np.float64] = counts / max(1, self.num_ids)
         return shares
+
+    def ids_before(self, rows: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """How many of the counted ids lie before each of S rows.
+
+        Args:
+            rows: Integers [S].
+
+        Returns:
+            float64 [S]; within a block, ids are taken as even.
+        """
+        rows = np.asarray(rows)
+        edges, before_edges, hot_rows, before_hot = self._sums
+        counts: npt.NDArray[np.float64] = np.interp(rows, edges, before_edges)
+        return counts + before_hot[np.searchsorted(hot_rows, rows)]
 
     @cached_property
     def _sums(self) -> tuple[npt.NDArray[np.int64], ...]:
