@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 
 from shardemb import __version__
@@ -46,27 +46,23 @@ def plan(argv: Sequence[str]) -> int:
 
 
 def data(argv: Sequence[str]) -> int:
-    """Writes a generated click log in Criteo's format, with the best AUC it allows."""
-    parser = argparse.ArgumentParser(prog="shardemb data", description=data.__doc__)
-    parser.add_argument("out", help="folder for train.txt, test.txt and generated.json")
-    parser.add_argument("--rows", type=int, default=300_000, help="rows to train on")
-    parser.add_argument("--test-rows", type=int, default=30_000, help="rows to hold out")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the generator")
-    asked = parser.parse_args(argv)
+    """Generates a click log, or profiles one: generate, profile."""
+    from shardemb.data_command import COMMANDS as OF_DATA
 
-    from pathlib import Path
-
-    from shardemb.data.generated import write_click_log
+    if not argv or argv[0] in {"-h", "--help"}:
+        return _list_commands(OF_DATA, "shardemb data", asked=bool(argv))
+    if argv[0] not in OF_DATA:
+        return _refuse(
+            f"there is no command 'data {argv[0]}'; there are {', '.join(OF_DATA)}, such as "
+            f"shardemb data generate {argv[0]}",
+            2,
+        )
+    from shardemb.errors import RunError
 
     try:
-        log = write_click_log(
-            Path(asked.out), num_train=asked.rows, num_test=asked.test_rows, seed=asked.seed
-        )
-    except (ValueError, OSError) as error:
+        return OF_DATA[argv[0]](argv[1:])
+    except (ValueError, OSError, RunError) as error:
         return _refuse(error)
-    print(f"{log.folder}: {log.num_train:,} rows to train on, {log.num_test:,} held out")
-    print(f"the best AUC on the held-out rows is {log.best_auc:.4f}")
-    return 0
 
 
 def doctor(argv: Sequence[str]) -> int:
@@ -89,16 +85,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status of the process."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in {"-h", "--help"}:
-        print("usage: shardemb COMMAND [ARGUMENTS]; shardemb COMMAND --help says more\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:8}{command.__doc__}")
-        return 0 if argv else 2
+        return _list_commands(COMMANDS, "shardemb", asked=bool(argv))
     if argv[0] == "--version":
         print(f"shardemb {__version__}")
         return 0
     if argv[0] not in COMMANDS:
         return _refuse(f"there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}", 2)
     return COMMANDS[argv[0]](argv[1:])
+
+
+def _list_commands(
+    commands: Mapping[str, Callable[[Sequence[str]], int]], prog: str, *, asked: bool
+) -> int:
+    print(f"usage: {prog} COMMAND [ARGUMENTS]; {prog} COMMAND --help says more\n")
+    for name, command in commands.items():
+        print(f"  {name:10}{command.__doc__}")
+    return 0 if asked else 2
 
 
 def _recipe(argv: Sequence[str], command: str) -> tuple[str, list[str]]:

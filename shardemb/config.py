@@ -35,8 +35,9 @@ class TableConfig:
         trainable: Whether rows are updated; if not, they stay bit for bit as they are.
         out_of_range: What becomes of ids that the table does not have, where the batch is made:
             "raise" refuses the batch, "drop" leaves them out, "clamp" takes the nearest row,
-            "hash" spreads all ids of the feature over the rows by a stable hash, "oov_row" takes
-            the last row, which is then for them alone.
+            "hash" spreads all ids of the feature over the rows by a stable hash, that of
+            `shardemb.data.id_hash.hash_ids`, "oov_row" takes the last row, which is then for them
+            alone. Tables that share a feature must agree, as they get the same ids.
 
     Raises:
         ValueError: A field is out of its range.

@@ -254,8 +254,12 @@ def batch_size_of(batch: Any) -> int:
 
 def _check(guards: Sequence[GuardedForward], batch: KeyedJaggedTensor) -> list[GuardedForward]:
     """Checks a batch by the guards whose features it has, and returns them."""
-    keys = set(batch.keys())
-    able = [guarded for guarded in guards if keys.issuperset(guarded.guard.feature_names)]
+    keys, has_weights = set(batch.keys()), batch.weights_or_none() is not None
+    able = [
+        guarded
+        for guarded in guards
+        if keys.issuperset(guarded.guard.feature_names) and guarded.guard.is_weighted == has_weights
+    ]
     for guarded in able:
         guarded.guard.check(batch)
     return able

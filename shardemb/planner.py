@@ -58,7 +58,8 @@ class SequenceSharder(_AllLayouts, EmbeddingCollectionSharder):  # type: ignore[
 
 def make_sharders() -> list[ModuleSharder[nn.Module]]:
     """Sharders of both kinds of collection."""
-    return [PooledSharder(), SequenceSharder()]
+    options = {"stochastic_rounding": False}  # of float16 rows on CUDA: CPU knows only the nearest
+    return [PooledSharder(options), SequenceSharder(options)]
 
 
 class Choice(NamedTuple):

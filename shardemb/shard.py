@@ -97,7 +97,7 @@ def shard_modules(
             is_weighted=collection.is_weighted,
         )
         guard = GuardedForward(limits, check_ids=check_ids)
-        module.register_forward_pre_hook(guard)
+        module.register_forward_pre_hook(guard, with_kwargs=True)
         outputs = outputs_of(collection, layout_of)
         if not collection.is_pooled:
             module.register_forward_hook(FinishSequences(outputs))

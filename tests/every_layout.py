@@ -62,7 +62,11 @@ class Case:
             )
 
         torch.testing.assert_close(
-            actual.double(), expected, rtol=self.tolerance, atol=self.tolerance, msg=message
+            actual.detach().cpu().double(),
+            expected,
+            rtol=self.tolerance,
+            atol=self.tolerance,
+            msg=message,
         )
 
 
@@ -83,10 +87,10 @@ class Loss(nn.Module):
 
 
 def loss_of(values: Mapping[str, torch.Tensor], num_samples: int, *, linear: bool) -> torch.Tensor:
-    loss = torch.zeros((), dtype=next(iter(values.values())).dtype)
+    loss = torch.zeros(()).to(next(iter(values.values())))
     for position, name in enumerate(sorted(values)):
         out = values[name]
-        ramp_D = torch.linspace(0.5, 2.0, out.shape[1], dtype=out.dtype) * (position + 1)
+        ramp_D = torch.linspace(0.5, 2.0, out.shape[1]).to(out) * (position + 1)
         weighed = (out * ramp_D).sum(1)
         loss = loss + (weighed if linear else weighed.square()).sum() / num_samples
     return loss
@@ -132,7 +136,7 @@ def check(env: Env, case: Case) -> None:
     optimizer = se.build_optimizer(sharded)
     for step in range(NUM_STEPS):
         optimizer.zero_grad()
-        loss, values = sharded(batch_of(case, step, env.rank))
+        loss, values = sharded(batch_of(case, step, env.rank).to(env.device))
         losses = []
         for rank in range(env.world_size):
             batch = batch_of(case, step, rank)
@@ -182,11 +186,11 @@ def check_rows(
 def whole_table(weight: torch.Tensor | ShardedTensor, like: torch.Tensor) -> torch.Tensor:
     """The whole of a table, on every rank."""
     if not isinstance(weight, ShardedTensor):
-        return weight.detach().clone()
+        return weight.detach().to("cpu", copy=True)
     out = torch.zeros_like(like)
     for shard in weight.local_shards():
         (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
-        out[row : row + rows, column : column + columns] = shard.tensor
+        out[row : row + rows, column : column + columns] = shard.tensor.cpu()
     dist.all_reduce(out)
     return out
 
@@ -203,9 +207,9 @@ def optimizer_rows(
         whole = [value for value in entry.values() if not isinstance(value, ShardedTensor)]
         if whole:
             momentum = whole[0]
-            return momentum.view(len(momentum), -1).expand_as(rows_RD).clone()
+            return momentum.view(len(momentum), -1).expand_as(rows_RD).to("cpu", copy=True)
         pieces += [
-            (list(shard.metadata.shard_offsets), shard.tensor.clone())
+            (list(shard.metadata.shard_offsets), shard.tensor.to("cpu", copy=True))
             for value in entry.values()
             if isinstance(value, ShardedTensor)
             for shard in value.local_shards()

@@ -23,11 +23,11 @@ _context.set_forkserver_preload(
 
 
 def spmd(
-    world_size: int, *, num_nodes: int = 1
+    world_size: int, *, num_nodes: int = 1, device: str = "cpu"
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Runs a test on that many ranks, each seeded with its rank; it fails when any of them fails.
 
-    The ranks take themselves to be on that many nodes.
+    The ranks take themselves to be on that many nodes. On CUDA there must be a device for each.
 
     The function takes the rank's `Env` first; other parameters are pytest's fixtures and
     parameters, pickled.
@@ -36,7 +36,7 @@ def spmd(
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def test(**fixtures: Any) -> None:
-            run_ranks(function, (world_size, num_nodes), fixtures)
+            run_ranks(function, (world_size, num_nodes), fixtures, device)
 
         parameters = list(inspect.signature(function).parameters.values())[1:]
         test.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -47,7 +47,10 @@ def spmd(
 
 
 def run_ranks(
-    function: Callable[..., None], ranks_and_nodes: tuple[int, int], arguments: dict[str, Any]
+    function: Callable[..., None],
+    ranks_and_nodes: tuple[int, int],
+    arguments: dict[str, Any],
+    device: str = "cpu",
 ) -> None:
     """Runs the function under a decorated test on all ranks and raises what they raised."""
     world_size, _ = ranks_and_nodes
@@ -65,7 +68,7 @@ def run_ranks(
                 rank,
                 ranks_and_nodes,
                 port,
-                arguments,
+                arguments | {"device": device},
             ),
             daemon=True,
         )
@@ -134,7 +137,8 @@ def _run_rank(
         torch.set_num_threads(1)
         torch.manual_seed(rank)
         function = inspect.unwrap(getattr(importlib.import_module(module), name))
-        function(init_distributed(device="cpu", timeout_s=TIMEOUT_S / 2), **arguments)
+        device = arguments.pop("device")
+        function(init_distributed(device=device, timeout_s=TIMEOUT_S / 2), **arguments)
     except BaseException:  # noqa: BLE001 - sent to the parent
         text = traceback.format_exc()
     pipe.send(text)

@@ -56,7 +56,7 @@ def every_layout(env: Env) -> list[Layout]:
     return [
         layouts.row_wise(),
         layouts.table_wise(rank=env.world_size - 1),
-        layouts.column_wise(ranks=[1, 0]),
+        layouts.column_wise(ranks=reversed(range(min(2, env.world_size)))),
         layouts.table_row_wise(node=env.num_nodes - 1),
         layouts.table_column_wise(ranks=reversed(node)),
         layouts.grid_shard(nodes=reversed(range(env.num_nodes))),
@@ -266,3 +266,15 @@ def test_what_a_layout_cannot_compute_is_refused_with_what_can() -> None:
     where = {name: layouts.column_wise(ranks=[0, 1]) for name in ("user", "item")}
     with pytest.raises(ValueError, match="have slices of 8 and 4 columns, and TorchRec needs one"):
         se.plan_sharding(sequences, env, where | {"wide": layouts.column_wise(ranks=[0, 1, 2, 3])})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@spmd(world_size=1, device="cuda")
+def test_every_layout_equals_unsharded_float64_on_cuda(env: Env) -> None:
+    for layout in every_layout(env):
+        for case in cases(env, layout, sequence=False):
+            check(env, case)
+        if not isinstance(layout, (layouts.TableRowWise, layouts.GridShard)):
+            for case in cases(env, layout, sequence=True):
+                check(env, case)

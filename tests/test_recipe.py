@@ -226,7 +226,7 @@ def test_a_run_keeps_its_data(tmp_path: Path) -> None:
     folder.keep("data.json", "one")
     folder.keep("data.json", "two")  # nothing was trained on the first
     folder.checkpoint_path(5).mkdir(parents=True)
-    header = {"format": 1, "step": 5, "settings": {}}
+    header = {"format": 2, "step": 5, "settings": {}}
     (folder.checkpoint_path(5) / "shardemb.json").write_text(json.dumps(header))
     folder.keep("data.json", "two")
     with pytest.raises(ValueError, match=r"began with other data than now, as .*data\.json tells"):
@@ -313,7 +313,7 @@ def test_the_command_says_what_it_can_do(
     captured = capsys.readouterr()
     assert "there is no command 'fly'; there are train, plan, data, doctor" in captured.err
     out = tmp_path / "log"
-    assert cli.main(["data", str(out), "--rows", "50", "--test-rows", "20"]) == 0
+    assert cli.main(["data", "generate", str(out), "--rows", "50", "--test-rows", "20"]) == 0
     assert "50 rows to train on, 20 held out" in capsys.readouterr().out
     assert (out / "train.txt").read_text().count("\n") == 50
 

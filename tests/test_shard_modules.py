@@ -91,8 +91,11 @@ def test_keys_in_another_order_give_the_same_features(env: Env) -> None:
     _, first = model(se.keyed_jagged_tensor(bags, tables))
     turned = dict(reversed(bags.items()))
     _, second = model(se.keyed_jagged_tensor(turned, tables))
-    extra = {"other": [[99]] * (NUM_SAMPLES // env.world_size)} | turned
-    _, third = model(se.keyed_jagged_tensor(extra, tables))
+    size = NUM_SAMPLES // env.world_size
+    other = KeyedJaggedTensor(
+        keys=["other"], values=torch.full((size,), 99), lengths=torch.ones(size, dtype=torch.int64)
+    )
+    _, third = model(KeyedJaggedTensor.concat([other, se.keyed_jagged_tensor(turned, tables)]))
     narrow = se.keyed_jagged_tensor(bags, tables)
     if env.rank == 1:  # ids and lengths of another dtype on one rank only
         narrow = KeyedJaggedTensor(
@@ -214,3 +217,23 @@ def test_features_come_in_the_declared_order_under_every_layout(env: Env) -> Non
         assert pooled.keys() == expected.keys() == ["user", "item", "clicked", "tag"]
         assert pooled.length_per_key() == [8, 8, 8, 16]
         torch.testing.assert_close(pooled.values(), expected.values(), rtol=1e-5, atol=1e-5)
+
+
+@spmd(world_size=1)
+def test_only_a_keyed_jagged_tensor_with_a_bag_for_every_sample_is_looked_up(env: Env) -> None:
+    tables = make_tables(optim.SGD(lr=0.1))
+    model, _ = sharded_model(optim.SGD(lr=0.1), env)
+    collection: nn.Module = get_unwrapped_module(model).get_submodule("collection")
+    batch = se.keyed_jagged_tensor(global_bags(0), tables)
+    by_name = collection(features=batch)
+    torch.testing.assert_close(by_name.values(), collection(batch).values(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"looks up a KeyedJaggedTensor, got dict; shardemb\.key"):
+        collection({"user": [1]})
+    variable = KeyedJaggedTensor(
+        keys=batch.keys(),
+        values=torch.zeros(5, dtype=torch.int64),
+        lengths=torch.ones(5, dtype=torch.int64),
+        stride_per_key_per_rank=[[2], [1], [1], [1]],
+    )
+    with pytest.raises(ValueError, match="features differ in their number of samples"):
+        collection(variable)

@@ -11,6 +11,8 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from shardemb.data.id_hash import mix64
+
 INTEGER_NAMES = tuple(f"I{number}" for number in range(1, 14))
 CATEGORY_NAMES = tuple(f"C{number}" for number in range(1, 27))
 
@@ -138,9 +140,8 @@ def hash_categories(
 ) -> npt.NDArray[np.int64]:
     """Maps categories to rows of their tables, the same in every run and on every machine.
 
-    The hash is the first output of SplitMix64 seeded with the category, modulo the number of rows
-    (S. Vigna's https://prng.di.unimi.it/splitmix64.c, after Steele, Lea and Flood, "Fast splittable
-    pseudorandom number generators", OOPSLA 2014).
+    The hash is the first output of SplitMix64 seeded with the category, modulo the number of rows:
+    that of `hash_ids`.
 
     Args:
         categories_NF: uint32 [N, F].
@@ -163,13 +164,7 @@ def hash_categories(
             f"num_embeddings_F must be {categories_NF.shape[1]} positive integers, one for each "
             f"field, got {num_embeddings_F!r}"
         )
-    mixed_NF = categories_NF.astype(np.uint64)
-    mixed_NF += np.uint64(0x9E3779B97F4A7C15)
-    mixed_NF ^= mixed_NF >> np.uint64(30)
-    mixed_NF *= np.uint64(0xBF58476D1CE4E5B9)
-    mixed_NF ^= mixed_NF >> np.uint64(27)
-    mixed_NF *= np.uint64(0x94D049BB133111EB)
-    mixed_NF ^= mixed_NF >> np.uint64(31)
+    mixed_NF = mix64(categories_NF.astype(np.uint64))
     return (mixed_NF % rows_F.astype(np.uint64)).astype(np.int64)
 
 

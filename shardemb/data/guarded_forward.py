@@ -12,7 +12,7 @@ from shardemb.data.id_guard import FeatureLimit, IdGuard
 
 
 class CheckedBatch:
-    """What makes a checked batch known again: the same ids, unchanged, in the same bags.
+    """What makes a checked batch known again: the same ids and weights, unchanged, in their bags.
 
     Args:
         batch: The batch, on the device.
@@ -20,18 +20,23 @@ class CheckedBatch:
 
     def __init__(self, batch: KeyedJaggedTensor) -> None:
         self._keys = list(batch.keys())
-        self._ids, self._lengths = batch.values(), batch.lengths()
-        self._versions = self._ids._version, self._lengths._version
+        self._tensors = _tensors_of(batch)
+        self._versions = [tensor._version for tensor in self._tensors]
 
     def is_in(self, batch: KeyedJaggedTensor) -> bool:
-        """Whether a batch has these ids in these bags."""
-        ids, lengths = batch.values(), batch.lengths()
+        """Whether a batch has these ids, with these weights, in these bags."""
+        tensors = _tensors_of(batch)
         return (
-            ids is self._ids
-            and lengths is self._lengths
-            and (ids._version, lengths._version) == self._versions
+            len(tensors) == len(self._tensors)
+            and all(mine is its for mine, its in zip(self._tensors, tensors, strict=True))
+            and [tensor._version for tensor in tensors] == self._versions
             and list(batch.keys()) == self._keys
         )
+
+
+def _tensors_of(batch: KeyedJaggedTensor) -> list[torch.Tensor]:
+    tensors = (batch.values(), batch.lengths(), batch.weights_or_none())
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 class GuardedForward:
@@ -58,23 +63,34 @@ class GuardedForward:
         self,
         module: nn.Module,  # noqa: ARG002
         args: tuple[Any, ...],
-    ) -> tuple[Any, ...] | None:
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What torch calls before a forward.
 
         Args:
             module: The collection.
             args: What its forward was called with.
+            kwargs: What it was called with by name.
 
         Returns:
-            Other arguments, or None to leave these.
+            The batch as it is to be looked up, and no arguments by name.
 
         Raises:
             ValueError: The batch is refused.
         """
-        if not args or not isinstance(args[0], KeyedJaggedTensor):
-            return None
+        (batch,) = (*args, *kwargs.values())
+        if not isinstance(batch, KeyedJaggedTensor):
+            raise ValueError(
+                f"the collection of features {self._keys} looks up a KeyedJaggedTensor, got "
+                f"{type(batch).__name__}; shardemb.keyed_jagged_tensor makes one"
+            )
+        if batch.variable_stride_per_key():
+            raise ValueError(
+                f"the collection of features {self._keys} got a batch whose features differ in "
+                "their number of samples, which is not supported; give each sample a bag of every "
+                "feature, be it empty"
+            )
         self._count()
-        batch = args[0]
         self.guard.check_features(batch)
         if self._check_ids and not any(checked.is_in(batch) for checked in self.checked):
             self.guard.check(batch)
@@ -88,7 +104,7 @@ class GuardedForward:
                 lengths=batch.lengths().long(),
                 weights=batch.weights_or_none(),
             )
-        return None if batch is args[0] else (batch, *args[1:])
+        return (batch,), {}
 
     def _count(self) -> None:
         if self.lookups_left is None or not torch.is_grad_enabled():

@@ -57,7 +57,8 @@ class IdGuard:
             known = self._limits.get(limit.feature)
             if known is None or limit.num_embeddings < known.num_embeddings:
                 self._limits[limit.feature] = limit
-        self._is_weighted = limits[0].is_weighted
+        self.is_weighted = limits[0].is_weighted
+        """Whether every id of a batch must have a weight."""
         self._smallest = min(limit.num_embeddings for limit in self._limits.values())
 
     @property
@@ -66,32 +67,25 @@ class IdGuard:
         return list(self._limits)
 
     def check(self, batch: KeyedJaggedTensor) -> None:
-        """Raises unless every id of the batch names a row.
+        """Raises unless every id of the batch names a row, and every weight is a number.
 
         Args:
-            batch: Ids int32 or int64 [N], lengths [num_features * batch_size]; further features are
-                not looked at.
+            batch: Ids int32 or int64 [N], lengths [num_features * batch_size], in a weighted
+                collection weights float32 [N]; further features are not looked at.
 
         Raises:
-            ValueError: A feature is missing, the batch has weights, the ids are not integers or not
-                [N], a length is negative, the lengths do not add up to the number of ids, or an id
-                is out of its table.
+            ValueError: A feature is missing, there are weights where none are used or none where
+                some are, ids, lengths or weights are of another dtype or shape, a length is
+                negative, the lengths do not add up to the number of ids, an id is out of its table,
+                or a weight is not finite.
         """
         self.check_features(batch)
-        ids_N, lengths = batch.values(), batch.lengths()
-        if ids_N.dtype not in _ID_DTYPES or ids_N.dim() != 1:
-            raise ValueError(
-                f"ids must be int32 or int64 [N], got {ids_N.dtype} {list(ids_N.shape)}; convert "
-                "them where the batch is made"
-            )
-        if lengths.numel() and int(lengths.min()) < 0:
-            raise ValueError(f"lengths of bags must not be negative, got {int(lengths.min())}")
-        if int(lengths.sum()) != ids_N.numel():
-            raise ValueError(
-                f"lengths add up to {int(lengths.sum())}, but the batch has {ids_N.numel()} ids"
-            )
+        _check_tensors(batch)
+        ids_N, weights_N = batch.values(), batch.weights_or_none()
         if ids_N.numel() == 0:
             return
+        if weights_N is not None and not bool(torch.isfinite(weights_N).all()):
+            self._check_each_weight(batch)
         low, high = torch.aminmax(ids_N)
         if int(low) < 0 or int(high) >= self._smallest:
             self._check_each_feature(batch)
@@ -109,7 +103,7 @@ class IdGuard:
         if len(set(keys)) < len(keys):
             raise ValueError(f"the batch has a feature twice: {keys}")
         has_weights = batch.weights_or_none() is not None
-        if has_weights != self._is_weighted:
+        if has_weights != self.is_weighted:
             raise ValueError(
                 "the batch has weights, and the tables do not use them; leave them out"
                 if has_weights
@@ -134,12 +128,69 @@ class IdGuard:
             if int(low) < 0 or int(high) >= limit.num_embeddings:
                 _refuse(limit, ids, batch[feature].lengths())
 
+    def _check_each_weight(self, batch: KeyedJaggedTensor) -> None:
+        offsets = batch.offset_per_key()
+        for position, feature in enumerate(batch.keys()):
+            weights = batch.weights()[offsets[position] : offsets[position + 1]]
+            bad = torch.nonzero(~torch.isfinite(weights))
+            if feature in self._limits and bad.numel():
+                sample = _sample_of(int(bad[0]), batch[feature].lengths())
+                raise ValueError(
+                    f"weights of feature {feature!r}, sample {sample}: a weight is "
+                    f"{float(weights[bad[0]])}; leave out such ids, or mend their weights"
+                )
+
+
+def _check_tensors(batch: KeyedJaggedTensor) -> None:
+    ids_N, lengths, weights_N = batch.values(), batch.lengths(), batch.weights_or_none()
+    for what, values in (("ids", ids_N), ("lengths", lengths)):
+        if values.dtype not in _ID_DTYPES or values.dim() != 1:
+            raise ValueError(
+                f"{what} must be int32 or int64 of one dimension, got {values.dtype} "
+                f"{list(values.shape)}; convert them where the batch is made"
+            )
+    strides = batch.stride_per_key()
+    if lengths.numel() != sum(strides):
+        raise ValueError(
+            f"a batch of {len(strides)} features and {batch.stride()} samples must have "
+            f"{sum(strides)} lengths, one for each bag, got {lengths.numel()}"
+        )
+    if lengths.numel() and int(lengths.min()) < 0:
+        _refuse_length(batch)
+    if int(lengths.sum()) != ids_N.numel():
+        raise ValueError(
+            f"lengths add up to {int(lengths.sum())}, but the batch has {ids_N.numel()} ids"
+        )
+    if weights_N is not None and (
+        weights_N.dtype != torch.float32 or weights_N.shape != ids_N.shape
+    ):
+        raise ValueError(
+            f"weights must be float32 {list(ids_N.shape)}, one for each id, got "
+            f"{weights_N.dtype} {list(weights_N.shape)}; convert them where the batch is made"
+        )
+
+
+def _refuse_length(batch: KeyedJaggedTensor) -> None:
+    at = int(torch.nonzero(batch.lengths() < 0)[0])
+    position, sample = 0, at
+    while sample >= batch.stride_per_key()[position]:
+        sample -= batch.stride_per_key()[position]
+        position += 1
+    raise ValueError(
+        f"feature {batch.keys()[position]!r}, sample {sample}: the length of a bag must not be "
+        f"negative, got {int(batch.lengths()[at])}; offsets, if there are, must not decrease"
+    )
+
 
 def _refuse(limit: FeatureLimit, ids: torch.Tensor, lengths: torch.Tensor) -> None:
     at = int(torch.nonzero((ids < 0) | (ids >= limit.num_embeddings))[0])
-    sample = int(torch.searchsorted(lengths.cumsum(0), at, right=True))
     raise ValueError(
-        f"feature {limit.feature!r}, sample {sample}: id {int(ids[at])} is outside "
-        f"0..{limit.num_embeddings - 1} of table {limit.table!r}; hash or drop such ids, or raise "
-        "num_embeddings"
+        f"feature {limit.feature!r}, sample {_sample_of(at, lengths)}: id {int(ids[at])} is "
+        f"outside 0..{limit.num_embeddings - 1} of table {limit.table!r}; raise num_embeddings, or "
+        "make batches with shardemb.keyed_jagged_tensor and say by the table's out_of_range what "
+        "becomes of such ids"
     )
+
+
+def _sample_of(at: int, lengths: torch.Tensor) -> int:
+    return int(torch.searchsorted(lengths.cumsum(0), at, right=True))

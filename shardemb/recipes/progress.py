@@ -2,8 +2,10 @@
 
 import logging
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from shardemb.data.id_counts import IdCount, changes_of, describe_changes
 from shardemb.recipes.run_folder import RunFolder
 from shardemb.text import format_duration
 
@@ -17,6 +19,9 @@ class Progress:
         batch_size: Samples of a step on all ranks together.
         log_every: Steps between two lines.
         first_step: Steps done before this run.
+        id_counts: Gives the counts of ids, of which those that were changed are shown. Every rank
+            calls it at each line, so that it may sum over ranks:
+            `lambda: batcher.counts.of_all_ranks(env)`.
     """
 
     def __init__(
@@ -27,9 +32,11 @@ class Progress:
         batch_size: int,
         log_every: int,
         first_step: int = 0,
+        id_counts: Callable[[], Mapping[str, IdCount]] | None = None,
     ) -> None:
         self._folder, self._num_steps, self._batch_size = folder, num_steps, batch_size
         self._log_every, self._first_step = log_every, first_step
+        self._id_counts = id_counts
         self._seconds = 0.0
         self._losses: list[Any] = []
         self._steps_timed = 0
@@ -63,6 +70,7 @@ class Progress:
     def _report(self, step: int) -> None:
         loss = sum(float(loss) for loss in self._losses) / len(self._losses)
         self._losses.clear()
+        id_counts = self._id_counts() if self._id_counts else {}  # a collective
         if self._folder is None:
             return
         speed = self.samples_per_second
@@ -70,8 +78,13 @@ class Progress:
         if speed:
             left = format_duration((self._num_steps - step) * self._batch_size / speed)
             line += f"  {speed:>9,.0f} samples/s  {left} left"
+        entry: dict[str, Any] = {"step": step, "loss": loss, "samples_per_second": speed}
+        changes = changes_of(id_counts)
+        if changes:
+            line += f"  {describe_changes(id_counts)}"
+            entry["ids"] = changes
         print(line, flush=True)
         try:
-            self._folder.log({"step": step, "loss": loss, "samples_per_second": speed})
+            self._folder.log(entry)
         except OSError as error:  # the run itself can go on
             logging.getLogger("shardemb").warning("progress is not logged: %s", error)

@@ -1,0 +1,255 @@
+"""Do ranks hold and send what the plan says? Resident memory and bytes in the collectives.
+
+Each layout runs in fresh processes. A small model of the same layout runs first, so that what is
+measured is the tables and not the libraries.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import logging
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from operator import truediv
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import shardemb as se
+from benchmarks.layout_cases import (
+    BATCH_SIZE,
+    IDS_PER_SAMPLE,
+    LAYOUTS,
+    NAMES,
+    NUM_NODES,
+    SEQUENCES,
+    TABLES,
+    WORLD_SIZE,
+    Mean,
+    batch_of,
+    workload_of,
+)
+from benchmarks.machine import describe
+from shardemb.env import Env
+from shardemb.text import format_bytes, format_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One layout."""
+
+    layout: str
+    is_sequence: bool
+    warmup: int
+    repeats: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What is left of some steps."""
+
+    plan: se.ShardingPlan
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    sent_bytes: list[float]
+
+
+def train(tables: Sequence[se.TableConfig], case: Case, env: Env) -> Trained:
+    """Plans, shards and trains, with the bytes that this rank sent in each step."""
+    make = se.EmbeddingCollection if case.is_sequence else se.EmbeddingBagCollection
+    model = Mean(make(tables))
+    where = dict(zip(NAMES, LAYOUTS[case.layout], strict=True))
+    plan = se.plan_sharding(model, env, where, workload=workload_of(tables))
+    sharded = se.shard_modules(model, plan, env)
+    optimizer = se.build_optimizer(sharded)
+    sent = []
+    for step in range(case.warmup + case.repeats):
+        batch = batch_of(tables, seed=step * WORLD_SIZE + env.rank)
+        with se.CollectiveCounter() as counter:
+            optimizer.zero_grad()
+            sharded(batch).backward()
+            optimizer.step()
+        sent.append(counter.sent_bytes)
+    return Trained(plan=plan, model=sharded, optimizer=optimizer, sent_bytes=sent[case.warmup :])
+
+
+def measure(case: Case, env: Env) -> dict[str, float]:
+    """What the plan says of this rank, and what was measured."""
+    small = [replace(table, num_embeddings=4000) for table in TABLES]
+    warm = train(small, case, env)
+    before = resident_bytes()
+    trained = train(TABLES, case, env)
+    for tensor in tensors_of([trained.model.state_dict(), trained.optimizer.state_dict()]):
+        tensor.add_(0)  # state that no row needed so far is not yet resident
+    resident = resident_bytes() - before
+    del warm
+    traffic = se.traffic_of(trained.plan)
+    return {
+        "planned_bytes": trained.plan.bytes_per_rank[env.rank],
+        "gradient_bytes": sum(
+            4 * table.num_embeddings * table.embedding_dim
+            for table in trained.plan.tables
+            if table.layout == "data_parallel"
+        ),
+        "resident_bytes": resident,
+        "predicted_sent_bytes": float(traffic.sent_bytes_W[env.rank]),
+        "sent_bytes": mean(trained.sent_bytes),
+        "least_sent_bytes": min(trained.sent_bytes),
+        "most_sent_bytes": max(trained.sent_bytes),
+    }
+
+
+def tensors_of(found: Any) -> Iterator[torch.Tensor]:
+    """This rank's tensors in dictionaries and lists of sharded and other ones."""
+    if isinstance(found, ShardedTensor):
+        yield from (shard.tensor for shard in found.local_shards())
+    elif isinstance(found, torch.Tensor):
+        yield found
+    elif isinstance(found, (dict, list, tuple)):
+        for item in found.values() if isinstance(found, dict) else found:
+            yield from tensors_of(item)
+
+
+def resident_bytes() -> int:
+    """Of this process, after free memory was given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def run_rank(rank: int, case: Case, port: int, out: str) -> None:
+    """One case on one rank, which writes what it found."""
+    local_world_size = WORLD_SIZE // NUM_NODES
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank % local_world_size),
+        "WORLD_SIZE": str(WORLD_SIZE),
+        "LOCAL_WORLD_SIZE": str(local_world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    found = measure(case, se.init_distributed(device="cpu"))
+    Path(out, f"{rank}.json").write_text(json.dumps(found))
+
+
+def run(case: Case) -> list[dict[str, float]]:
+    """One case in processes of its own; what each rank found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as out:
+        mp.start_processes(
+            run_rank, (case, port, out), nprocs=WORLD_SIZE, start_method="forkserver"
+        )
+        return [json.loads(Path(out, f"{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
+
+
+def over(measured: Sequence[float], predicted: Sequence[float]) -> str:
+    """The ratio that is furthest from 1."""
+    ratios = [one / other for one, other in zip(measured, predicted, strict=True)]
+    return f"{max(ratios, key=lambda ratio: abs(ratio - 1)):.4f}"
+
+
+def spread(of: dict[str, list[float]]) -> str:
+    """The least and the most that a rank sent in one step, over what was predicted."""
+    predicted = of["predicted_sent_bytes"]
+    least = min(map(truediv, of["least_sent_bytes"], predicted))
+    most = max(map(truediv, of["most_sent_bytes"], predicted))
+    return f"{least:.3f}-{most:.3f}"
+
+
+def report(measured: dict[str, Any]) -> str:
+    """The result as a page to read."""
+    rows = []
+    for result in measured["results"]:
+        of = {name: [rank[name] for rank in result["ranks"]] for name in result["ranks"][0]}
+        held = [sum(both) for both in zip(of["planned_bytes"], of["gradient_bytes"], strict=True)]
+        rows.append(
+            (
+                ("sequence " if result["is_sequence"] else "") + result["layout"],
+                format_bytes(max(held)),
+                format_bytes(max(of["resident_bytes"])),
+                over(of["resident_bytes"], held),
+                format_bytes(max(of["predicted_sent_bytes"])),
+                format_bytes(max(of["sent_bytes"])),
+                over(of["sent_bytes"], of["predicted_sent_bytes"]),
+                spread(of),
+            )
+        )
+    header = ("layout", "planned", "resident", "ratio", "predicted", "sent", "ratio", "of steps")
+    machine = "\n".join(f"- {name}: {value}" for name, value in measured["machine"].items())
+    tables = ", ".join(
+        f"{table.num_embeddings:,} x {table.embedding_dim} {table.dtype} "
+        f"{type(table.optimizer).__name__}"
+        for table in TABLES
+    )
+    ids = ", ".join(map(str, IDS_PER_SAMPLE.values()))
+    return f"""# Memory and bytes: predicted and measured
+
+{machine}
+- {WORLD_SIZE} ranks as {NUM_NODES} nodes of {WORLD_SIZE // NUM_NODES}, gloo
+- tables: {tables}
+- {BATCH_SIZE} samples a rank, of each table a mean of {ids} ids, the lower ones more often
+- {measured["warmup"]} steps of warm-up, {measured["repeats"]} counted
+- ranks in processes of their own for each layout
+
+"planned" is the most loaded rank's weights and optimizer state by `plan.bytes_per_rank`, and for
+data_parallel tables the gradient of all rows, which stays; "resident" is what the process grew by
+(RSS) when it sharded the model, trained, and every row and its state had been written once.
+"predicted" and "sent" are the most that a rank sends a step: by `traffic_of(plan)` with the profile
+of other batches, and as `CollectiveCounter` counts it, a mean over the steps. Ratios are measured
+over predicted: of the rank where they differ most, and the range of single steps. Where the ids are
+known beforehand the bytes are equal, which tests/test_traffic.py shows; these are drawn.
+
+```
+{format_table(header, rows, right=range(1, 8))}
+```
+"""
+
+
+def main() -> None:
+    """Runs all cases, prints the page and writes it with its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=10)
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    # glibc reads it when a process starts; freed buffers of that size go back to the system
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["shardemb.shard"])
+    cases = [
+        Case(layout=layout, is_sequence=kind, warmup=asked.warmup, repeats=asked.repeats)
+        for kind in (False, True)
+        for layout in (SEQUENCES if kind else LAYOUTS)
+    ]
+    measured = {
+        "machine": describe(),
+        "warmup": asked.warmup,
+        "repeats": asked.repeats,
+        "results": [asdict(case) | {"ranks": run(case)} for case in cases],
+    }
+    page = report(measured)
+    name = f"{measured['machine']['date']}-memory-and-bytes"
+    (asked.out / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n")
+    (asked.out / f"{name}.md").write_text(page)
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
