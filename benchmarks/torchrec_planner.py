@@ -1,4 +1,4 @@
-"""TorchRec's own planner, and its rating of any plan, for tests and benchmarks to compare with."""
+"""TorchRec's own planner, and its rating of any plan, to compare with."""
 
 import random
 from collections.abc import Mapping
