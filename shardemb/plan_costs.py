@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardemb.layouts import GridShard, RowWise, TableRowWise
-from shardemb.placement import ShardingPlan, TablePlacement
+from shardemb.placement import ShardingPlan
 from shardemb.traffic import traffic_of
 
 Floats = npt.NDArray[np.float64]
@@ -30,6 +30,7 @@ class PlanCosts:
         lookups_TW: Ids that are looked up on a rank in a step, float64 [T, W].
         sent_bytes_W: All bytes that leave a rank in a step, float64 [W]: those of the tables, and
             the sizes that are told before.
+        skew_T: Lookups on each table's busiest rank over the mean of its ranks, float64 [T].
     """
 
     weight_bytes_TW: Floats
@@ -38,6 +39,7 @@ class PlanCosts:
     sent_bytes_TW: Floats
     lookups_TW: Floats
     sent_bytes_W: Floats
+    skew_T: Floats
 
     @functools.cached_property
     def memory_TW(self) -> Floats:  # noqa: N802 - its shape
@@ -98,6 +100,7 @@ def costs_of(plan: ShardingPlan) -> PlanCosts:
         sent_bytes_TW=traffic.sent_bytes_TW,
         lookups_TW=traffic.lookups_TW,
         sent_bytes_W=traffic.sent_bytes_W,
+        skew_T=traffic.skew_T,
     )
 
 
@@ -110,22 +113,6 @@ def imbalance(of_ranks_W: Floats) -> float:
     """
     mean = float(of_ranks_W.mean())
     return float(of_ranks_W.max()) / mean if mean else 1.0
-
-
-def row_skew(table: TablePlacement, lookups_W: Floats) -> float | None:
-    """How much busier the hottest shard of rows is than the mean.
-
-    Args:
-        table: The table.
-        lookups_W: Its lookups on each rank, float64 [W].
-
-    Returns:
-        Lookups of the hottest over the mean of those that hold rows; None for a layout that does
-        not split rows.
-    """
-    if table.layout not in SPLITS_ROWS:
-        return None
-    return imbalance(lookups_W[sorted({shard.rank for shard in table.shards})])
 
 
 def costs_to_json(plan: ShardingPlan) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
@@ -155,9 +142,8 @@ def costs_to_json(plan: ShardingPlan) -> tuple[dict[str, list[dict[str, Any]]], 
         {"table": table.table} | {name: column[number] for name, column in of_tables.items()}
         for number, table in enumerate(plan.tables)
     ]
-    for line, table, lookups_W in zip(tables, plan.tables, costs.lookups_TW, strict=True):
-        skew = row_skew(table, lookups_W)
-        if skew is not None:
+    for line, table, skew in zip(tables, plan.tables, costs.skew_T.tolist(), strict=True):
+        if table.layout in SPLITS_ROWS:
             line["row_skew"] = skew
     ranks = [
         {"rank": rank} | {name: column[rank] for name, column in of_ranks.items()}

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from shardemb.placement import ShardingPlan
-from shardemb.plan_costs import Floats, PlanCosts, costs_of, imbalance
-from shardemb.plan_text import (
+from shardemb.plan_cells import (
     Cells,
     balance_cells,
-    describe_plan,
     rank_cells,
     say_load,
     skew_cells,
     table_cells,
 )
+from shardemb.plan_costs import Floats, PlanCosts, costs_of, imbalance
+from shardemb.plan_text import describe_plan
 from shardemb.svg_bars import Bars, axis_svg, bars_svg, chart_width
 from shardemb.text import format_bytes
 

@@ -72,6 +72,7 @@ LAYERS = (
         "constraints",
         "problem",
         "placement",
+        "plan_cells",
         "plan_costs",
         "plan_diff",
         "plan_file",
