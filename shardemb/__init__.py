@@ -7,8 +7,10 @@ if TYPE_CHECKING:
     from shardemb.checkpoint import latest_checkpoint as latest_checkpoint
     from shardemb.checkpoint import load_checkpoint as load_checkpoint
     from shardemb.checkpoint import save_checkpoint as save_checkpoint
+    from shardemb.cluster import Cluster as Cluster
     from shardemb.collectives import CollectiveCounter as CollectiveCounter
     from shardemb.config import TableConfig as TableConfig
+    from shardemb.constraints import Constraints as Constraints
     from shardemb.data.bag_forms import Offsets as Offsets
     from shardemb.data.batches import Batcher as Batcher
     from shardemb.data.batches import keyed_jagged_tensor as keyed_jagged_tensor
@@ -25,16 +27,20 @@ if TYPE_CHECKING:
     from shardemb.pipeline import TrainPipeline as TrainPipeline
     from shardemb.placement import ShardingPlan as ShardingPlan
     from shardemb.plan import plan_sharding as plan_sharding
+    from shardemb.plan_fit import load_plan as load_plan
     from shardemb.shard import shard_modules as shard_modules
     from shardemb.traffic import Traffic as Traffic
     from shardemb.traffic import traffic_of as traffic_of
+    from shardemb.workload import Workload as Workload
 
 __version__ = "0.1.0"
 
 # Imported when first used: torch and TorchRec take seconds, and a login node may have neither.
 _HOME = {
     "Batcher": "shardemb.data.batches",
+    "Cluster": "shardemb.cluster",
     "CollectiveCounter": "shardemb.collectives",
+    "Constraints": "shardemb.constraints",
     "DataProfile": "shardemb.data.profile",
     "EmbeddingBagCollection": "shardemb.modules.embedding_bag",
     "EmbeddingCollection": "shardemb.modules.embedding",
@@ -44,12 +50,14 @@ _HOME = {
     "TableConfig": "shardemb.config",
     "Traffic": "shardemb.traffic",
     "TrainPipeline": "shardemb.pipeline",
+    "Workload": "shardemb.workload",
     "build_optimizer": "shardemb.optim.build",
     "from_torch": "shardemb.modules.from_torch",
     "init_distributed": "shardemb.env",
     "keyed_jagged_tensor": "shardemb.data.batches",
     "latest_checkpoint": "shardemb.checkpoint",
     "load_checkpoint": "shardemb.checkpoint",
+    "load_plan": "shardemb.plan_fit",
     "load_profile": "shardemb.data.profile_file",
     "plan_sharding": "shardemb.plan",
     "profile_batches": "shardemb.data.profile_counter",

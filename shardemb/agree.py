@@ -8,7 +8,7 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 
 from shardemb.env import Env
-from shardemb.errors import OtherRankError
+from shardemb.errors import OtherRankError, RunError
 
 T = TypeVar("T")
 
@@ -54,11 +54,15 @@ def raise_on_all_ranks(env: Env, doing: str, error: BaseException | None) -> Non
     Raises:
         Exception: This rank's own error.
         OtherRankError: Another rank's error, with its rank and text.
+        RunError: Another rank ended, or did not answer in the process group's time.
     """
     if env.world_size > 1:
         mine = None if error is None else f"{type(error).__name__}: {error}"
         texts: list[str | None] = [None] * env.world_size
-        dist.all_gather_object(texts, mine)
+        try:
+            dist.all_gather_object(texts, mine)
+        except RuntimeError as gone:
+            raise RunError(f"another rank is gone, while {doing}: {gone}") from (error or gone)
         failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
         if failed and error is None:
             rank, text = failed[0]

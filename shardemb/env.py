@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -39,6 +39,7 @@ class Env:
     num_nodes: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - it is immutable
     run_id: str | None = None
+    _of_this_run: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.world_size < 1 or self.num_nodes < 1 or self.world_size % self.num_nodes:
@@ -54,6 +55,13 @@ class Env:
     def local_world_size(self) -> int:
         """Number of processes on each node."""
         return self.world_size // self.num_nodes
+
+    @property
+    def is_live(self) -> bool:
+        """Whether `init_distributed` made it, and its process group is there to ask other ranks."""
+        return (
+            self._of_this_run and dist.is_initialized() and dist.get_world_size() == self.world_size
+        )
 
     @property
     def is_main(self) -> bool:
@@ -104,6 +112,7 @@ def init_distributed(*, device: str | None = None, timeout_s: float = 1800.0) ->
             f"a process group is there already, of rank {dist.get_rank()} of "
             f"{dist.get_world_size()}; the environment says rank {env.rank} of {env.world_size}"
         )
+    object.__setattr__(env, "_of_this_run", True)  # frozen, and not for a caller to set
     return env
 
 

@@ -1,6 +1,7 @@
 """Which block of a table lies on which rank under each layout. Arithmetic only."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from shardemb.layouts import (
@@ -78,6 +79,71 @@ def a_rank_stays_empty(num_rows: int, num_ranks: int) -> bool:
     """
     rows_per_rank = -(-num_rows // num_ranks)
     return rows_per_rank * (num_ranks - 1) >= num_rows
+
+
+def places_of(layout: Layout) -> tuple[int, ...] | None:
+    """The ranks or nodes that a layout names; None if it names none.
+
+    Example:
+        >>> places_of(TableWise(rank=3)), places_of(RowWise())
+        ((3,), None)
+    """
+    if isinstance(layout, TableWise):
+        return None if layout.rank is None else (layout.rank,)
+    if isinstance(layout, TableRowWise):
+        return None if layout.node is None else (layout.node,)
+    if isinstance(layout, (ColumnWise, TableColumnWise)):
+        return layout.ranks
+    return layout.nodes if isinstance(layout, GridShard) else None
+
+
+def placed(layout: Layout, places: Sequence[int]) -> Layout:
+    """A layout with its ranks or nodes; one that lies on all ranks has none to be given.
+
+    Example:
+        >>> placed(TableWise(), [3])
+        TableWise(rank=3)
+    """
+    if isinstance(layout, TableWise):
+        return replace(layout, rank=places[0])
+    if isinstance(layout, TableRowWise):
+        return replace(layout, node=places[0])
+    if isinstance(layout, (ColumnWise, TableColumnWise)):
+        return replace(layout, ranks=tuple(places))
+    return replace(layout, nodes=tuple(places)) if isinstance(layout, GridShard) else layout
+
+
+def may_lie_on(
+    layout: Layout, ranks: Collection[int], *, world_size: int, local_world_size: int
+) -> bool:
+    """Whether some ranks are enough for a layout: those it names, or any if it names none.
+
+    Args:
+        layout: The layout.
+        ranks: The ranks that may hold some of the table.
+        world_size: Number of ranks.
+        local_world_size: Number of ranks on each node.
+
+    Returns:
+        Whether there is a way to place it.
+
+    Example:
+        >>> may_lie_on(RowWise(), {0, 1}, world_size=4, local_world_size=2)
+        False
+        >>> may_lie_on(TableRowWise(), {0, 1}, world_size=4, local_world_size=2)
+        True
+    """
+    ranks = set(ranks)
+    nodes = [
+        node
+        for node in range(world_size // local_world_size)
+        if ranks.issuperset(_ranks_of_node(node, local_world_size))
+    ]
+    if isinstance(layout, (RowWise, DataParallel)):
+        return len(nodes) == world_size // local_world_size
+    there = nodes if isinstance(layout, (TableRowWise, GridShard)) else ranks
+    places = places_of(layout)
+    return bool(there) if places is None else set(places) <= set(there)
 
 
 def _ranks_of_node(node: int, local_world_size: int) -> range:

@@ -127,6 +127,9 @@ def _why_not_columns(table: Table, layout: Layout) -> str | None:
 def layouts_allowed(table: Table, *, world_size: int, local_world_size: int) -> list[str]:
     """TorchRec's names of the layouts that a planner may choose for a table.
 
+    Among layouts that are one and the same on such ranks (`row_wise` and `table_row_wise` on one
+    node), the simplest. Replicas of sequences are left to those who name them.
+
     Args:
         table: The table.
         world_size: Number of ranks.
@@ -135,8 +138,14 @@ def layouts_allowed(table: Table, *, world_size: int, local_world_size: int) -> 
     Returns:
         The names, `table_wise` always among them.
     """
+    simplest: tuple[type[Layout], ...] = (TableWise,)
+    if world_size > 1:
+        simplest += (RowWise, ColumnWise, *((DataParallel,) if table.pooling else ()))
+    if 1 < local_world_size < world_size:
+        simplest += (TableRowWise, TableColumnWise, GridShard)
     return [
         name
         for name, kind in LAYOUTS.items()
-        if why_not(table, kind(), world_size=world_size, local_world_size=local_world_size) is None
+        if kind in simplest
+        and why_not(table, kind(), world_size=world_size, local_world_size=local_world_size) is None
     ]

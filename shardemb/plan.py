@@ -1,46 +1,59 @@
 """Which rank holds which rows. Allocates nothing; needs neither processes nor GPUs."""
 
-import difflib
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
 
+import torch.distributed as dist
 from torch import nn
 
-from shardemb.config import BYTES_OF
+from shardemb.agree import all_or_none
+from shardemb.cluster import Cluster, cluster_of
+from shardemb.constraints import Constraints
 from shardemb.env import Env
 from shardemb.errors import RunError
-from shardemb.geometry import Block, blocks_of
-from shardemb.layout_rules import why_not
+from shardemb.fits import what_does_not_fit
 from shardemb.layouts import Layout
-from shardemb.modules.discovery import Table, find_collections
-from shardemb.placement import Shard, ShardingPlan, TablePlacement
-from shardemb.planner import choose_layouts, cluster_of, table_bytes_per_rank
-from shardemb.text import format_bytes
+from shardemb.modules.discovery import Collection, Table, find_collections
+from shardemb.placement import ShardingPlan, TablePlacement
+from shardemb.plan_shards import shards_of
+from shardemb.planner import Choice, choose_layouts
+from shardemb.problem import Problem, check_problem
+from shardemb.search import DoesNotFitError
 from shardemb.workload import Workload
 
 
 def plan_sharding(
     model: nn.Module,
-    env: Env,
+    where: Env | Cluster,
     layouts: Mapping[str, Layout] | None = None,
     *,
     workload: Workload | None = None,
+    constraints: Constraints | None = None,
 ) -> ShardingPlan:
-    """Decides which rank holds which rows: named layouts as named, the rest by TorchRec's planner.
+    """Decides which rank holds which rows: named layouts as named, the rest by the planner.
+
+    The planner takes TorchRec's estimates of what each layout costs a rank, and looks for the plan
+    whose busiest rank is done soonest.
 
     Args:
         model: Holds one or more `EmbeddingBagCollection`s or `EmbeddingCollection`s whose tables
             have their optimizers attached.
-        env: The ranks to plan for; those of this run, or made by hand for another machine.
+        where: The ranks to plan for: those of this run, by the `Env` of `init_distributed`, or
+            others by a `Cluster`. With the `Env` of this run every rank must call this.
         layouts: A layout for some or all tables, by table name.
         workload: The batches to plan for; by default 512 samples a rank with one id a feature.
+        constraints: What the plan must keep to beside; by default 15 % of memory stays free.
 
     Returns:
-        The plan. Ranks of equal devices make the same one; `shard_modules` checks it.
+        The plan. The ranks of this run have agreed on it.
 
     Raises:
         ValueError: The model has no collection or one that is not supported, a table name is
-            unknown or not unique, or a layout does not fit its table or the ranks.
-        RunError: The tables do not fit in the ranks' memory.
+            unknown or not unique, a layout does not fit its table or the ranks, or constraints
+            contradict each other.
+        RunError: The tables do not fit in the ranks' memory, ranks of this run come to different
+            plans, or another rank failed.
 
     Example:
         >>> import shardemb as se, shardemb.layouts
@@ -52,89 +65,87 @@ def plan_sharding(
         >>> [shard.num_rows for shard in plan.tables[0].shards]
         [250, 250, 250, 250]
     """
-    named = dict(layouts or {})
-    collections = find_collections(model)
-    tables = {name: table for found in collections.values() for name, table in found.tables.items()}
-    ranks = {"world_size": env.world_size, "local_world_size": env.local_world_size}
-    _check_layouts(named, tables, ranks)
-    chosen = choose_layouts(model, env, named, tables)
-    placements = [
-        TablePlacement(
-            table=name,
-            module=found.path,
-            feature_names=tuple(table.config.feature_names),
-            num_embeddings=table.config.num_embeddings,
-            embedding_dim=table.config.embedding_dim,
+    wishes = (dict(layouts or {}), workload or Workload(), constraints or Constraints())
+    if isinstance(where, Cluster):
+        return _plan(model, where, *wishes)
+    if not where.is_live:
+        return _plan(model, cluster_of(where), *wishes)
+    cluster = _agreed_cluster(where)
+    with all_or_none(where, "planning"):
+        plan = _plan(model, cluster, *wishes)
+    _check_agreed(plan, where)
+    return plan
+
+
+def _plan(
+    model: nn.Module,
+    cluster: Cluster,
+    named: Mapping[str, Layout],
+    workload: Workload,
+    constraints: Constraints,
+) -> ShardingPlan:
+    """Plans on this rank alone.
+
+    Raises:
+        ValueError: Something is refused.
+        RunError: The tables do not fit.
+    """
+    problem = Problem(
+        collections=find_collections(model),
+        cluster=cluster,
+        named=named,
+        workload=workload,
+        constraints=constraints,
+    )
+    check_problem(problem)
+    try:
+        chosen = choose_layouts(problem)
+    except DoesNotFitError as error:
+        raise RunError(what_does_not_fit(problem, error)) from None
+    plan = ShardingPlan(
+        cluster=cluster,
+        workload=workload,
+        tables=tuple(
+            _placement(found, table, chosen[name], cluster)
+            for found in problem.collections.values()
+            for name, table in found.tables.items()
+        ),
+    )
+    check_slices(plan)
+    assert max(plan.bytes_per_rank) <= problem.bytes_per_rank
+    return plan
+
+
+def _placement(found: Collection, table: Table, choice: Choice, cluster: Cluster) -> TablePlacement:
+    optimizer = table.optimizer.__name__ if table.trainable else "none"
+    return TablePlacement(
+        table=table.name,
+        module=found.path,
+        feature_names=tuple(table.config.feature_names),
+        num_embeddings=table.config.num_embeddings,
+        embedding_dim=table.config.embedding_dim,
+        dtype=table.dtype,
+        pooling=table.pooling,
+        is_weighted=table.is_weighted,
+        trainable=table.trainable,
+        layout=choice.layout.torchrec_name,
+        chosen_by=choice.chosen_by,
+        optimizer=optimizer,
+        shards=shards_of(
+            choice.layout,
+            (table.config.num_embeddings, table.config.embedding_dim),
+            ranks=(cluster.world_size, cluster.ranks_per_node),
             dtype=table.dtype,
-            pooling=table.pooling,
-            is_weighted=table.is_weighted,
-            trainable=table.trainable,
-            layout=chosen[name].torchrec_name,
-            chosen_by=_chosen_by(named.get(name), chosen[name]),
-            optimizer=table.optimizer.__name__ if table.trainable else "none",
-            shards=tuple(
-                _shard(table, block) for block in blocks_of(chosen[name], _shape(table), **ranks)
-            ),
-        )
-        for found in collections.values()
-        for name, table in found.tables.items()
-    ]
-    made = ShardingPlan(
-        cluster=cluster_of(env), workload=workload or Workload(), tables=tuple(placements)
-    )
-    _check_slices(made)
-    _check_memory(made, table_bytes_per_rank(env))
-    return made
-
-
-def _check_layouts(
-    layouts: Mapping[str, Layout], tables: Mapping[str, Table], ranks: Mapping[str, int]
-) -> None:
-    for name, layout in layouts.items():
-        if name not in tables:
-            raise ValueError(
-                f"the layouts name table {name!r}, the model has {_some(tables, name)}"
-            )
-        if not isinstance(layout, Layout):
-            raise ValueError(
-                f"table {name!r}: the layout must come from shardemb.layouts, such as row_wise(), "
-                f"got {layout!r}"
-            )
-        reason = why_not(tables[name], layout, **ranks)
-        if reason:
-            raise ValueError(f"table {name!r}: {reason}")
-
-
-def _some(names: Iterable[str], like: str) -> str:
-    """A few names, and the one that may have been meant."""
-    names = list(names)
-    close = difflib.get_close_matches(like, names, n=1)
-    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    return shown + (f"; did you mean {close[0]!r}?" if close else "")
-
-
-def _chosen_by(named: Layout | None, chosen: Layout) -> str:
-    if named is None:
-        return "planner"
-    return "named" if named == chosen else "named, ranks by planner"
-
-
-def _shape(table: Table) -> tuple[int, int]:
-    return table.config.num_embeddings, table.config.embedding_dim
-
-
-def _shard(table: Table, block: Block) -> Shard:
-    return Shard(
-        **block._asdict(),
-        weight_bytes=block.num_rows * block.num_columns * BYTES_OF[table.dtype],
-        optimizer_bytes=table.optimizer.state_bytes(block.num_rows, block.num_columns)
-        if table.trainable
-        else 0,
+            optimizer=optimizer,
+        ),
     )
 
 
-def _check_slices(plan: ShardingPlan) -> None:
+def check_slices(plan: ShardingPlan) -> None:
     """Refuses slices of two widths in one sequence collection, which TorchRec would mix up.
+
+    Args:
+        plan: A plan of named layouts.
 
     Raises:
         ValueError: There are two.
@@ -153,19 +164,50 @@ def _check_slices(plan: ShardingPlan) -> None:
             )
 
 
-def _check_memory(plan: ShardingPlan, limit: int) -> None:
-    per_rank = plan.bytes_per_rank
-    fullest = max(range(plan.world_size), key=per_rank.__getitem__)
-    if per_rank[fullest] > limit:
-        there = [
-            (shard.num_bytes, table.table)
-            for table in plan.tables
-            for shard in table.shards
-            if shard.rank == fullest
-        ]
-        num_bytes, table = max(there)
-        raise RunError(
-            f"rank {fullest} would hold {format_bytes(per_rank[fullest])} of tables and optimizer "
-            f"state, and has {format_bytes(limit)} for them; most is of table {table!r}, "
-            f"{format_bytes(num_bytes)}: use more ranks, row_wise() or fewer rows"
-        )
+def _agreed_cluster(env: Env) -> Cluster:
+    """The cluster of this run, with the least memory that a rank has.
+
+    Raises:
+        RunError: A rank cannot say what it has.
+    """
+    with all_or_none(env, "looking at the memory"):
+        mine = cluster_of(env)
+    of_ranks = [mine] * env.world_size
+    if env.world_size > 1:
+        dist.all_gather_object(of_ranks, mine)
+    least = min(cluster.memory_bytes for cluster in of_ranks)
+    return replace(of_ranks[0], memory_bytes=least)
+
+
+def _check_agreed(plan: ShardingPlan, env: Env) -> None:
+    """Compares the plans of all ranks.
+
+    Raises:
+        RunError: A rank has another plan than rank 0.
+    """
+    if env.world_size == 1:
+        return
+    digest_of = {table.table: _digest(table) for table in plan.tables}
+    digests = [""] * env.world_size
+    dist.all_gather_object(digests, hashlib.sha256(repr(digest_of).encode()).hexdigest())
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is None:
+        return
+    of_both: list[dict[str, str]] = [digest_of if env.rank == rank else {} for rank in (0, other)]
+    for i, rank in enumerate((0, other)):
+        box = [of_both[i]]
+        dist.broadcast_object_list(box, src=rank)
+        of_both[i] = box[0]
+    differ = sorted({name for name, _ in of_both[0].items() ^ of_both[1].items()})
+    raise RunError(
+        f"rank {other} planned otherwise than rank 0, tables {', '.join(map(repr, differ[:5]))}"
+        f"{' and more' if len(differ) > 5 else ''}; declare the same tables and name the same "
+        "layouts on every rank"
+    )
+
+
+def _digest(table: TablePlacement) -> str:
+    """A table's declaration and place, in few bytes."""
+    said = replace(table, shards=())
+    places = [shard.rank for shard in table.shards]
+    return hashlib.sha256(repr((said, places)).encode()).hexdigest()[:16]

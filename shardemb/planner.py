@@ -1,36 +1,35 @@
-"""TorchRec's planner, told what is fixed already. Decides; `plan.py` makes the plan of it."""
+"""Decides how each table lies: as named, within the constraints, the rest as TorchRec rates it.
 
-import copy
-from collections.abc import Mapping
-from typing import Any
+TorchRec's planner makes an object for each shard of each option, copies them all for each of its
+proposals, and so takes a minute for 20 tables on 1,024 devices. Here its estimates are taken once
+for each kind of block, and `search.py` does what its proposers and partitioner do.
+"""
 
-import torch
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import (
-    KernelConfig,
-    PlannerError,
-    PlannerErrorType,
-    ShardingOption,
-    TopologyFactory,
-    TrainerConfig,
-)
 from torchrec.distributed.types import ModuleSharder
 
-from shardemb.cluster import Cluster
-from shardemb.env import Env
-from shardemb.errors import RunError
+from shardemb.candidates import (
+    Candidate,
+    candidates_of,
+    estimated,
+    kernel_of,
+    slice_counts,
+    together,
+)
+from shardemb.constraints import Constraints, kinds_of
+from shardemb.geometry import may_lie_on, placed, places_of
 from shardemb.layout_rules import layouts_allowed
-from shardemb.layouts import LAYOUTS, DataParallel, Layout, RowWise, TableWise
-from shardemb.modules.discovery import Table
-
-FUSED, DENSE = "fused", "dense"
-_RESERVED = 0.15
-"""Part of each rank's memory that is kept for everything but tables."""
+from shardemb.layouts import LAYOUTS, ColumnWise, DataParallel, GridShard, Layout, TableColumnWise
+from shardemb.modules.discovery import Collection, Table
+from shardemb.problem import Problem
+from shardemb.search import Item, Place, Search
+from shardemb.text import format_bytes
 
 
 class _AllLayouts:
@@ -46,7 +45,7 @@ class _AllLayouts:
         compute_device_type: str,  # noqa: ARG002
     ) -> list[str]:
         """Names of the kernels."""
-        return [DENSE if sharding_type == DataParallel.torchrec_name else FUSED]
+        return [kernel_of(LAYOUTS[sharding_type]())]
 
 
 class PooledSharder(_AllLayouts, EmbeddingBagCollectionSharder):  # type: ignore[misc]
@@ -63,146 +62,218 @@ def make_sharders() -> list[ModuleSharder[nn.Module]]:
     return [PooledSharder(options), SequenceSharder(options)]
 
 
-class _NamedRanksFirst(GreedyPerfPartitioner):  # type: ignore[misc]
-    """Places tables on the ranks that were named, and the others around them."""
+class Choice(NamedTuple):
+    """How a table lies, with its ranks or nodes, and who chose so and why."""
 
-    def __init__(self, rank_of: Mapping[str, int]) -> None:
-        super().__init__()
-        self._rank_of = rank_of
-
-    def partition(
-        self,
-        proposal: list[ShardingOption],
-        storage_constraint: Topology,
-        **options: Any,
-    ) -> list[ShardingOption]:
-        """Sets the rank of every shard of a proposal, as its base class does.
-
-        Raises:
-            PlannerError: A table does not fit where it was named to be.
-        """
-        topology = copy.deepcopy(storage_constraint)
-        rest = []
-        for option in proposal:
-            if option.name not in self._rank_of:
-                rest.append(option)
-                continue
-            (shard,) = option.shards
-            shard.rank = self._rank_of[option.name]
-            device = topology.devices[shard.rank]
-            if not shard.storage.fits_in(device.storage):
-                raise PlannerError(
-                    error_type=PlannerErrorType.PARTITION,
-                    message=f"table {option.name!r} does not fit on rank {shard.rank}",
-                )
-            device.storage -= shard.storage
-            device.perf += shard.perf
-        super().partition(rest, topology, **options)
-        return proposal
+    layout: Layout
+    chosen_by: str
 
 
-def choose_layouts(
-    model: nn.Module,
-    env: Env,
-    layouts: Mapping[str, Layout],
-    tables: Mapping[str, Table],
-) -> dict[str, Layout]:
-    """Completes layouts: for every table one, with its ranks or nodes.
+def choose_layouts(problem: Problem) -> dict[str, Choice]:
+    """Finds for every table a layout with its ranks or nodes.
 
     Args:
-        model: Holds the tables.
-        env: The ranks.
-        layouts: Those that are named, by table.
-        tables: All tables.
+        problem: What is to be planned.
 
     Returns:
-        Layouts by table; named ones as they were named.
+        Choices by table; named layouts as they were named. The same on every machine.
 
     Raises:
-        RunError: The planner finds no plan that fits.
+        DoesNotFitError: The tables need more memory than there is.
     """
-    rank_of = {
-        name: layout.rank
-        for name, layout in layouts.items()
-        if isinstance(layout, TableWise) and layout.rank is not None
+    candidates = estimated(
+        _candidates(problem),
+        problem.collections,
+        problem.cluster,
+        problem.workload,
+        make_sharders(),
+    )
+    items = _items(problem, candidates)
+    places = _search(problem, items).best()
+    chosen = {
+        name: Choice(
+            placed(layout, place.places),
+            _chosen_by(problem, item, place, position),
+        )
+        for item, place in zip(items, places, strict=True)
+        for position, (name, layout) in enumerate(
+            zip(item.names, place.candidate.layouts, strict=True)
+        )
     }
-    if len(layouts) == len(tables) and all(layout.is_placed for layout in layouts.values()):
-        return dict(layouts)
-    planner = EmbeddingShardingPlanner(
-        topology=topology_of(env),
-        constraints={
-            name: ParameterConstraints(
-                sharding_types=_allowed(layouts.get(name), table, env),
-                compute_kernels=[FUSED],
+    _check_kept(problem, chosen)
+    return chosen
+
+
+def check_fits(problem: Problem) -> None:
+    """Returns if the tables fit in the memory, and estimates nothing.
+
+    Args:
+        problem: What is to be planned.
+
+    Raises:
+        DoesNotFitError: They need more than there is.
+    """
+    _search(problem, _items(problem, _candidates(problem))).fit()
+
+
+def least_bytes(problem: Problem) -> int:
+    """Bytes of all tables on all ranks together, by the layouts that need the fewest."""
+    return sum(
+        min(one.num_bytes * one.num_ranks for one in item.candidates)
+        for item in _items(problem, _candidates(problem))
+    )
+
+
+def _search(problem: Problem, items: list[Item]) -> Search:
+    return Search(items, free_bytes=problem.bytes_per_rank, **problem.sizes)
+
+
+def _candidates(problem: Problem) -> dict[str, list[Candidate]]:
+    """By table, the ways in which it may lie."""
+    found: dict[str, list[Candidate]] = {}
+    for collection in problem.collections.values():
+        for name, table in collection.tables.items():
+            found[name] = []
+            for layout in _layouts_of(problem, table):
+                num_slices = _num_slices(problem, collection, table, layout)
+                found[name] += candidates_of(table, layout, problem.cluster, num_slices)
+    return found
+
+
+def _num_slices(
+    problem: Problem, collection: Collection, table: Table, layout: Layout
+) -> list[int]:
+    """Numbers of slices to try of a table whose ranks are not named."""
+    if not layout.splits_columns:
+        return [1]
+    if not collection.is_pooled:
+        return [_slices_of_sequences(problem, collection)]
+    width = table.config.embedding_dim
+    for group in problem.constraints.colocate:
+        named = [problem.named[name] for name in group if name in problem.named]
+        given = [places_of(other) for other in named if other.splits_columns]
+        if table.name in group and any(given):
+            return [len(places) for places in given if places and width % (4 * len(places)) == 0]
+    return slice_counts(width, _most_slices(problem, layout, table.name))
+
+
+def _layouts_of(problem: Problem, table: Table) -> list[Layout]:
+    if table.name in problem.named:
+        return [problem.named[table.name]]
+    constraints = problem.constraints
+    kinds = kinds_of(constraints, table, **problem.sizes)
+    with_others = any(table.name in group for group in constraints.colocate)
+    if table.name not in constraints.layouts and not with_others:
+        simplest = layouts_allowed(table, **problem.sizes)
+        kinds = [kind for kind in kinds if kind in simplest] or kinds
+    return [LAYOUTS[kind]() for kind in kinds]
+
+
+def _most_slices(problem: Problem, layout: Layout, table: str) -> int:
+    """Different ranks or nodes that there are for the slices of a table."""
+    cluster = problem.cluster
+    ranks = problem.constraints.ranks.get(table)
+    if ranks is None:
+        of_nodes = [cluster.ranks_per_node] * cluster.num_nodes
+    else:
+        of_nodes = list(Counter(rank // cluster.ranks_per_node for rank in set(ranks)).values())
+    if isinstance(layout, GridShard):
+        return of_nodes.count(cluster.ranks_per_node)
+    return max(of_nodes) if isinstance(layout, TableColumnWise) else sum(of_nodes)
+
+
+def _slices_of_sequences(problem: Problem, collection: Collection) -> int:
+    """One number of slices for all tables of a sequence collection; `plan.py` says why."""
+    named = {name: problem.named.get(name) for name in collection.tables}
+    for layout in named.values():
+        places = places_of(layout) if layout is not None and layout.splits_columns else None
+        if places is not None:
+            return len(places)
+    on_a_node = any(
+        isinstance(layout, TableColumnWise)
+        or TableColumnWise.torchrec_name in problem.constraints.layouts.get(name, ())
+        for name, layout in named.items()
+    )
+    layout = TableColumnWise() if on_a_node else ColumnWise()
+    most = min(_most_slices(problem, layout, name) for name in named)
+    width = next(iter(collection.tables.values())).config.embedding_dim
+    return slice_counts(width, most)[-1]
+
+
+def _items(problem: Problem, candidates: Mapping[str, list[Candidate]]) -> list[Item]:
+    """Groups of tables that lie together, and every other table by itself.
+
+    Raises:
+        ValueError: The columns of a group do not split alike.
+    """
+    groups = [tuple(group) for group in problem.constraints.colocate]
+    grouped = {name for group in groups for name in group}
+    groups += [(name,) for name in candidates if name not in grouped]
+    items = [
+        Item(
+            names=group,
+            candidates=tuple(together([candidates[name] for name in group])),
+            ranks=_ranks(problem.constraints, group),
+        )
+        for group in groups
+    ]
+    for item in items:
+        if not item.candidates:
+            raise ValueError(
+                f"tables {', '.join(map(repr, item.names))} are colocated, and there is no number "
+                "of slices that suits the columns of all; give them embedding_dims that split alike"
             )
-            for name, table in tables.items()
-        },
-        partitioner=_NamedRanksFirst(rank_of),
-        storage_reservation=FixedPercentageStorageReservation(percentage=_RESERVED),
-        debug=False,
+    return items
+
+
+def _ranks(constraints: Constraints, names: Iterable[str]) -> tuple[int, ...] | None:
+    """The ranks that may hold each of some tables; None if all may."""
+    allowed = [set(constraints.ranks[name]) for name in names if name in constraints.ranks]
+    return tuple(sorted(set.intersection(*allowed))) if allowed else None
+
+
+def _chosen_by(problem: Problem, item: Item, place: Place, position: int) -> str:
+    """Who chose the layout of one of an item's tables, and why, in a few words."""
+    name, candidate = item.names[position], place.candidate
+    layout = candidate.layouts[position]
+    also = " for all colocated" if len(item.names) > 1 else ""
+    if name in problem.named:
+        complete = placed(layout, place.places) == layout
+        return "named" if complete else f"named, ranks by planner{also}"
+    if name in problem.constraints.replicate:
+        return "replicated: constraint"
+    cost = candidate.costs[position]
+    text = (
+        f"planner{also}: lookup {cost.lookup_ms:.3g} ms, exchange {cost.exchange_ms:.3g} ms"
+        f"{_on(candidate)}"
     )
-    try:
-        plan = planner.plan(model, make_sharders())
-    except PlannerError as error:
-        raise RunError(
-            f"TorchRec's planner found no plan for {env.world_size} ranks: {error}"
-        ) from error
-    return {
-        name: RowWise()
-        if sharding.sharding_type == RowWise.torchrec_name
-        else TableWise(rank=sharding.ranks[0])
-        for module_plan in plan.plan.values()
-        for name, sharding in module_plan.items()
-    }
+    others = [one for one in item.candidates if one.kind != candidate.kind]
+    if not others:
+        return text
+    other = min(others, key=lambda one: one.ms * one.num_ranks)
+    if other.num_bytes > problem.bytes_per_rank:
+        return f"{text}; {other.kind} would need {format_bytes(other.num_bytes)} on a rank"
+    return f"{text}; {other.kind} would be {sum(other.costs[position]):.3g} ms{_on(other)}"
 
 
-def topology_of(env: Env) -> Topology:
-    """TorchRec's description of the ranks.
-
-    On CUDA, where there is a device, with its memory; else with TorchRec's defaults: 32 GB of
-    device memory, or 128 GB of host memory a rank on CPU.
-    """
-    memory = None
-    if env.device.type == "cuda" and torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(env.device).total_memory
-    return TopologyFactory.create_topology(
-        trainer_config=TrainerConfig(
-            world_size=env.world_size,
-            local_world_size=env.local_world_size,
-            hbm_cap_bytes=memory,
-        ),
-        kernel_config=KernelConfig(compute_device=env.device.type),
-    )
+def _on(candidate: Candidate) -> str:
+    return f" on {candidate.num_ranks} ranks" if candidate.num_ranks > 1 else ""
 
 
-def cluster_of(env: Env) -> Cluster:
-    """The ranks of a run as a cluster, as TorchRec's topology describes them."""
-    topology = topology_of(env)
-    on_cuda = env.device.type == "cuda"
-    storage = topology.devices[0].storage
-    return Cluster(
-        name="this run",
-        num_nodes=env.num_nodes,
-        ranks_per_node=env.local_world_size,
-        device="cuda" if on_cuda else "cpu",
-        memory_bytes=storage.hbm if on_cuda else storage.ddr,
-        memory_gb_per_s=(topology.hbm_mem_bw if on_cuda else topology.ddr_mem_bw) * 1e3 / 1e9,
-        intra_node_gb_per_s=topology.comms_bandwidths.intra_host_bw * 1e3 / 1e9,
-        inter_node_gb_per_s=topology.comms_bandwidths.inter_host_bw * 1e3 / 1e9,
-    )
-
-
-def table_bytes_per_rank(env: Env) -> int:
-    """Bytes of memory that a rank has for tables and their optimizer state."""
-    storage = topology_of(env).devices[0].storage
-    memory = storage.hbm if env.device.type == "cuda" else storage.ddr
-    return int(memory * (1 - _RESERVED))
-
-
-def _allowed(layout: Layout | None, table: Table, env: Env) -> list[str]:
-    if layout is not None:
-        return [layout.torchrec_name]
-    allowed = layouts_allowed(
-        table, world_size=env.world_size, local_world_size=env.local_world_size
-    )
-    return [name for name in allowed if name in {RowWise.torchrec_name, TableWise.torchrec_name}]
+def _check_kept(problem: Problem, chosen: Mapping[str, Choice]) -> None:
+    """Fails where a bug made a plan that keeps neither to names nor to constraints."""
+    constraints = problem.constraints
+    for name, (layout, _) in chosen.items():
+        named = problem.named.get(name)
+        if named is not None:
+            places = places_of(named) or places_of(layout) or ()
+            assert layout == placed(named, places), name
+        assert layout.torchrec_name in constraints.layouts.get(name, LAYOUTS), name
+        assert name not in constraints.replicate or isinstance(layout, DataParallel), name
+        ranks = constraints.ranks.get(name)
+        assert ranks is None or may_lie_on(layout, ranks, **problem.sizes), name
+    for first, *others in constraints.colocate:
+        for other in others:
+            a, b = chosen[first].layout, chosen[other].layout
+            assert type(a) is type(b), (first, other)
+            assert places_of(a) == places_of(b), (first, other)

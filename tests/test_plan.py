@@ -1,6 +1,5 @@
 """Plans: made without processes, exact where named, refused where impossible."""
 
-import json
 from typing import Any
 
 import pytest
@@ -44,7 +43,8 @@ def test_named_layouts_are_honoured_exactly() -> None:
         (3, 75, 25),
     ]
     assert [(s.rank, s.num_rows) for s in b.shards] == [(2, 100)]
-    assert (a.chosen_by, b.chosen_by, c.chosen_by) == ("named", "named", "planner")
+    assert (a.chosen_by, b.chosen_by) == ("named", "named")
+    assert c.chosen_by.startswith("planner: lookup ")
     assert b.shards[0].weight_bytes == 100 * 8 * 4
     assert b.shards[0].optimizer_bytes == 100 * 4
 
@@ -58,21 +58,9 @@ def test_uneven_rows_leave_the_last_rank_the_rest() -> None:
 def test_the_planner_balances_what_is_not_named() -> None:
     names = [f"t{i}" for i in range(8)]
     plan = se.plan_sharding(collection(*names), Env(world_size=4))
-    assert {t.layout for t in plan.tables} <= {"row_wise", "table_wise"}
     assert max(plan.bytes_per_rank) == min(plan.bytes_per_rank)
     again = se.plan_sharding(collection(*names), Env(world_size=4, rank=3))
     assert again.to_json() == plan.to_json()
-
-
-def test_a_plan_prints_and_dumps_what_it_says() -> None:
-    plan = se.plan_sharding(collection("a", "b"), Env(world_size=2), {"a": layouts.row_wise()})
-    text = str(plan)
-    assert "row_wise" in text
-    assert "rank 1: " in text
-    dumped = json.loads(plan.to_json())
-    assert dumped["world_size"] == 2
-    assert dumped["tables"][0]["shards"][1]["first_row"] == 50
-    assert dumped["bytes_per_rank"] == plan.bytes_per_rank
 
 
 def test_a_thousand_ranks_need_no_processes() -> None:
@@ -190,15 +178,15 @@ def test_a_collection_held_twice_is_refused() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     tables = [table(f"t{i}", 2**31 - 1, embedding_dim=128) for i in range(4)]
     model = se.EmbeddingBagCollection(tables)
-    with pytest.raises(RunError, match="found no plan for 2 ranks"):
+    there = r"and 109 GiB are left there: 128 GiB of memory, less 0.15 of it as headroom"
+    text = f"table 't0' as row_wise needs 516 GiB on rank 0, {there}"
+    with pytest.raises(RunError, match=text):
         se.plan_sharding(model, Env(world_size=2))
     where: dict[str, Layout] = {t.name: layouts.row_wise() for t in tables}
-    text = (
-        r"rank 0 would hold 2\.02 TiB .* and has 109 GiB for them; most is of table 't\d', 516 GiB"
-    )
     with pytest.raises(RunError, match=text):
         se.plan_sharding(model, Env(world_size=2), where)
-    with pytest.raises(RunError, match="table 't1' does not fit on rank 1"):
+    text = f"table 't1' as table_wise needs 1.01 TiB on rank 1, {there}"
+    with pytest.raises(RunError, match=text):
         se.plan_sharding(model, Env(world_size=2), {"t1": layouts.table_wise(rank=1)})
 
 

@@ -161,7 +161,8 @@ def test_what_cannot_be_sharded_is_refused_on_every_rank(env: Env) -> None:
     other = Sum(se.EmbeddingBagCollection(make_tables(optim.SGD(lr=0.1))[:2]))
     with pytest.raises(ValueError, match=r"differ in tables \['wide'\]"):
         se.shard_modules(model, se.plan_sharding(other, env), env)
-    mine = se.plan_sharding(model, env, {"user": layouts.table_wise(rank=env.rank)})
+    hand_made = Env(rank=env.rank, world_size=2)
+    mine = se.plan_sharding(model, hand_made, {"user": layouts.table_wise(rank=env.rank)})
     with pytest.raises(
         RuntimeError, match="rank 1 has another plan, other tables or another seed than"
     ):

@@ -1,0 +1,204 @@
+"""How long does a plan take, in how much memory, how good is it, beside TorchRec's own planner?
+
+Plans for nodes of 8 H100s without any of them. Each case runs in a process of its own, so that its
+peak of memory is its own; a planner that takes longer than the limit is ended, and not tried on
+anything larger.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import shardemb as se
+from benchmarks.machine import describe
+from benchmarks.torchrec_planner import of_plan, rated_ms, some_tables, torchrec_placed
+from shardemb import layouts, optim
+from shardemb.layouts import Layout
+from shardemb.text import format_table
+
+NUM_TABLES = (20, 100, 1000)
+NUM_RANKS = (8, 64, 1024)
+FREE, NAMED, TORCHREC = "all free", "a third named", "TorchRec's planner"
+MOST_SHARDS_TO_RATE = 100_000
+SMALL_TABLE_ROWS = 1 << 20
+FILLED = 0.25
+"""The part of all memory that the tables fill, where they are many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One planner for some tables on some ranks."""
+
+    planner: str
+    num_tables: int
+    num_ranks: int
+
+    def is_as_large_as(self, other: "Case") -> bool:
+        """Whether it is the same planner's, for at least as many tables and ranks."""
+        return (
+            self.planner == other.planner
+            and self.num_tables >= other.num_tables
+            and self.num_ranks >= other.num_ranks
+        )
+
+
+def names(model: Any, num_ranks: int) -> dict[str, Layout]:
+    """Every third table: row-wise where it is large, else on a rank."""
+    return {
+        config.name: layouts.row_wise()
+        if config.num_embeddings > SMALL_TABLE_ROWS
+        else layouts.table_wise(rank=i % num_ranks)
+        for i, config in enumerate(model.embedding_bag_configs())
+        if i % 3 == 0
+    }
+
+
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    """Seconds, bytes, and how busy the busiest rank would be."""
+    cluster = se.Cluster.preset("h100", num_nodes=case.num_ranks // 8)
+    # of widths of 120 columns in the mean, and rows that spread evenly by their logarithms
+    mean_rows = FILLED * case.num_ranks * cluster.memory_bytes / (480 * case.num_tables)
+    model, workload = some_tables(
+        case.num_tables, 0, optim.SGD(lr=0.1), most_rows=min(1e8, 8 * mean_rows)
+    )
+    named = names(model, case.num_ranks) if case.planner == NAMED else {}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    placed, num_bytes = {}, []
+    for _ in range(1 if case.planner == TORCHREC else repeats):
+        start = time.perf_counter()
+        if case.planner == TORCHREC:
+            placed = torchrec_placed(model, cluster, workload)
+        else:
+            plan = se.plan_sharding(model, cluster, named, workload=workload)
+            placed, num_bytes = of_plan(plan), plan.bytes_per_rank
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    num_shards = sum(len(of.ranks) for of in placed.values())
+    rated = num_shards <= MOST_SHARDS_TO_RATE
+    return asdict(case) | {
+        "seconds": sorted(seconds),
+        "peak_mib": (peak - before) / 1024,
+        "num_shards": num_shards,
+        "busiest_rank_ms": rated_ms(model, cluster, workload, placed) if rated else None,
+        "most_over_mean_bytes": max(num_bytes) * len(num_bytes) / sum(num_bytes)
+        if num_bytes
+        else None,
+    }
+
+
+def run_case(pipe: Connection, case: Case, repeats: int) -> None:
+    """Measures in a process of its own."""
+    logging.disable(logging.WARNING)
+    pipe.send(measure(case, repeats))
+    pipe.close()
+
+
+def in_own_process(case: Case, repeats: int, limit_s: float) -> dict[str, Any] | None:
+    """What a case measures; None if it takes longer than the limit."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=run_case, args=(there, case, repeats), daemon=True)
+    process.start()
+    there.close()
+    answered = here.poll(limit_s)
+    result: dict[str, Any] | None = here.recv() if answered else None
+    process.kill()
+    process.join()
+    return result
+
+
+def run(repeats: int, limit_s: float) -> dict[str, Any]:
+    """Measures every case."""
+    results: list[dict[str, Any]] = []
+    given_up: list[Case] = []
+    for num_ranks in NUM_RANKS:
+        for num_tables in NUM_TABLES:
+            for planner in (FREE, NAMED, TORCHREC):
+                case = Case(planner=planner, num_tables=num_tables, num_ranks=num_ranks)
+                if any(case.is_as_large_as(other) for other in given_up):
+                    continue
+                result = in_own_process(
+                    case, repeats, limit_s if planner == TORCHREC else 10 * limit_s
+                )
+                if result is None:
+                    given_up.append(case)
+                results.append(result or asdict(case) | {"seconds": []})
+                print(results[-1], file=sys.stderr, flush=True)
+    return {
+        "machine": describe(),
+        "repeats": repeats,
+        "torchrec_limit_s": limit_s,
+        "results": results,
+    }
+
+
+def report(measured: dict[str, Any]) -> str:
+    """The result as a page to read."""
+    limit = f"over {measured['torchrec_limit_s']:.0f}"
+    rows = [
+        (
+            f"{result['num_tables']:,}",
+            f"{result['num_ranks']:,}",
+            result["planner"],
+            f"{median(times):.2f}" if (times := result["seconds"]) else limit,
+            f"{times[0]:.2f}-{times[-1]:.2f}" if len(times) > 1 else "",
+            f"{result['peak_mib']:.0f}" if times else "",
+            f"{result['num_shards']:,}" if times else "",
+            f"{ms:.3g}" if (ms := result.get("busiest_rank_ms")) else "",
+            f"{most:.2f}" if (most := result.get("most_over_mean_bytes")) else "",
+        )
+        for result in measured["results"]
+    ]
+    header = ("tables", "ranks", "", "s", "least-most", "MiB", "shards", "busiest ms", "most/mean")
+    machine = "\n".join(f"- {name}: {value}" for name, value in measured["machine"].items())
+    table = format_table(header, rows, right=(0, 1, 3, 4, 5, 6, 7, 8))
+    return f"""# What a plan takes: time, memory, and how good it is
+
+{machine}
+- planned for nodes of 8 H100s, tables of 32 to 256 columns and 1,000 to 10^8 rows with SGD, 1,024
+  samples a rank with 1 to 50 ids a feature
+- shardemb: {measured["repeats"]} plans in one process; TorchRec: one, ended after
+  {measured["torchrec_limit_s"]:.0f} s, and not tried on anything larger after that
+
+"MiB" is what planning adds to the peak of the process. "busiest ms" is TorchRec's own estimate of
+every shard, added up for the busiest rank, where there are not more than {MOST_SHARDS_TO_RATE:,}
+shards: the less the better. "most/mean" is bytes of tables on the fullest rank over the mean: time
+is balanced, memory only kept within its limit. TorchRec may choose among the same layouts, and
+splits columns into slices of 128 only.
+
+```
+{table}
+```
+"""
+
+
+def main() -> None:
+    """Runs all cases, prints the page and writes it with its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--torchrec-limit-s", type=float, default=30.0)
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    measured = run(asked.repeats, asked.torchrec_limit_s)
+    page = report(measured)
+    name = f"{measured['machine']['date']}-plan"
+    (asked.out / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n")
+    (asked.out / f"{name}.md").write_text(page)
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

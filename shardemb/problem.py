@@ -1,0 +1,79 @@
+"""What is to be planned: tables, ranks, batches and wishes, and whether the wishes make sense."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from shardemb.cluster import Cluster
+from shardemb.constraints import Constraints, check_constraints, some_names
+from shardemb.layout_rules import why_not
+from shardemb.layouts import Layout
+from shardemb.modules.discovery import Collection, Table
+from shardemb.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is to be planned.
+
+    Attributes:
+        collections: By path.
+        cluster: The ranks.
+        named: Layouts that are named, by table.
+        workload: The batches.
+        constraints: What the plan must keep to.
+    """
+
+    collections: Mapping[str, Collection]
+    cluster: Cluster
+    named: Mapping[str, Layout] = field(default_factory=dict)
+    workload: Workload = field(default_factory=Workload)
+    constraints: Constraints = field(default_factory=Constraints)
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """All tables by name."""
+        return {
+            name: table
+            for found in self.collections.values()
+            for name, table in found.tables.items()
+        }
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of ranks, and of those on each node."""
+        return {
+            "world_size": self.cluster.world_size,
+            "local_world_size": self.cluster.ranks_per_node,
+        }
+
+    @property
+    def bytes_per_rank(self) -> int:
+        """Bytes of memory that a rank has for tables and their optimizer state."""
+        return int(self.cluster.memory_bytes * (1 - self.constraints.headroom))
+
+
+def check_problem(problem: Problem) -> None:
+    """Refuses names and constraints that no plan can keep to, whatever the memory.
+
+    Args:
+        problem: What is to be planned.
+
+    Raises:
+        ValueError: A table is unknown, a layout does not fit its table or the ranks, or constraints
+            contradict it or each other.
+    """
+    tables = problem.tables
+    for name, layout in problem.named.items():
+        if name not in tables:
+            raise ValueError(
+                f"the layouts name table {name!r}, the model has {some_names(tables, name)}"
+            )
+        if not isinstance(layout, Layout):
+            raise ValueError(
+                f"table {name!r}: the layout must come from shardemb.layouts, such as row_wise(), "
+                f"got {layout!r}"
+            )
+        reason = why_not(tables[name], layout, **problem.sizes)
+        if reason:
+            raise ValueError(f"table {name!r}: {reason}")
+    check_constraints(problem.constraints, tables, problem.named, **problem.sizes)

@@ -1,0 +1,130 @@
+"""Tables that do not fit: which needs how much where, and changes that really would fit."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import shardemb as se
+from shardemb import layouts, optim
+from shardemb.errors import RunError
+from shardemb.layouts import Layout
+
+CLUSTER = se.Cluster(
+    name="two ranks",
+    ranks_per_node=2,
+    memory_bytes=1 << 30,
+    memory_gb_per_s=50,
+    intra_node_gb_per_s=5,
+    inter_node_gb_per_s=1,
+)
+
+
+def model_of(rows: dict[str, int], dtype: str = "float32") -> Any:
+    return se.EmbeddingBagCollection(
+        [
+            se.TableConfig(
+                name=name,
+                num_embeddings=number,
+                embedding_dim=64,
+                feature_names=(name,),
+                optimizer=optim.RowWiseAdagrad(lr=0.1),
+                dtype=dtype,  # type: ignore[arg-type]
+            )
+            for name, number in rows.items()
+        ]
+    )
+
+
+def refusal(
+    model: Any,
+    cluster: se.Cluster = CLUSTER,
+    named: dict[str, Layout] | None = None,
+    constraints: se.Constraints | None = None,
+) -> tuple[str, list[str]]:
+    with pytest.raises(RunError) as caught:
+        se.plan_sharding(model, cluster, named, constraints=constraints)
+    first, *changes = str(caught.value).split("\n  - ")
+    return first, changes
+
+
+def test_another_layout_or_rank_is_offered_where_it_would_fit() -> None:
+    rows = {"big": 5_000_000, "small": 1000}  # 1.2 GiB of weights and 19 MiB of accumulators
+    model = model_of(rows)
+    first, changes = refusal(model, named={"big": layouts.table_wise(rank=1)})
+    assert first == (
+        "table 'big' as table_wise needs 1.21 GiB on rank 1, and 870 MiB are left there: 1.00 GiB "
+        "of memory, less 0.15 of it as headroom. Any one of these changes would fit:"
+    )
+    assert changes[0] == "layouts.row_wise() for table 'big'"
+    se.plan_sharding(model, CLUSTER, {"big": layouts.row_wise()})
+    assert changes[1] == "dtype='float16' for table 'big'"
+    se.plan_sharding(model_of(rows, "float16"), CLUSTER, {"big": layouts.table_wise(rank=1)})
+    assert len(changes) == 2  # no number of ranks and no headroom makes one rank larger
+
+    named: dict[str, Layout] = {name: layouts.table_wise(rank=0) for name in ("a", "b")}
+    both = model_of({"a": 2_000_000, "b": 2_000_000})
+    first, changes = refusal(both, named=named)
+    assert "on rank 0, and 374 MiB are left there" in first
+    assert "less 496 MiB of other tables" in first
+    where = next(
+        re.search(r"'([ab])', on ranks of the", line) for line in changes if "on ra" in line
+    )
+    assert where is not None
+    se.plan_sharding(both, CLUSTER, named | {where[1]: layouts.table_wise()})
+    assert "no named layouts, the planner chooses all" in changes
+    se.plan_sharding(both, CLUSTER)
+
+
+def test_more_ranks_less_headroom_or_half_the_bytes_are_offered_where_they_would_fit() -> None:
+    rows = {"a": 3_500_000, "b": 3_500_000}  # 868 MiB each, on ranks with 870 MiB: and c
+    model = model_of(rows | {"c": 50_000})
+    first, changes = refusal(model)
+    assert "MiB are left there: 1.00 GiB of memory, less 0.15 of it as headroom, less " in first
+    assert changes == [
+        "2 nodes, 4 ranks, instead of 1 and 2",
+        "dtype='float16' for table 'a'",
+        "Constraints(headroom=0.1) instead of 0.15",
+    ]
+    se.plan_sharding(model, replace(CLUSTER, num_nodes=2))
+    se.plan_sharding(model, CLUSTER, constraints=se.Constraints(headroom=0.1))
+
+
+def test_the_fewest_nodes_are_offered() -> None:
+    tables = {f"t{i}": 3_000_000 for i in range(11)}  # 744 MiB each: one on a rank, or in parts
+    model = model_of(tables)
+    whole = se.Constraints(layouts={name: ["table_wise"] for name in tables})
+    _, changes = refusal(model, constraints=whole)
+    assert changes[0] == "6 nodes, 12 ranks, instead of 1 and 2"
+    se.plan_sharding(model, replace(CLUSTER, num_nodes=6), constraints=whole)
+    with pytest.raises(RunError):
+        se.plan_sharding(model, replace(CLUSTER, num_nodes=5), constraints=whole)
+
+
+def test_constraints_that_stand_in_the_way_are_named() -> None:
+    model = model_of({"a": 5_000_000, "b": 1000})
+    only = se.Constraints(layouts={"a": ["table_wise"]})
+    first, changes = refusal(model, constraints=only)
+    assert first.startswith("table 'a' as table_wise needs 1.21 GiB on rank 0, and 870 MiB")
+    assert "layouts.row_wise() for table 'a', without constraints" in changes
+    together = se.Constraints(colocate=[["a", "b"]], layouts={"b": ["table_wise"]})
+    first, changes = refusal(model, constraints=together)
+    assert first.startswith("tables 'a', 'b' as table_wise need 1.21 GiB on rank")
+    assert "tables 'a', 'b' not colocated" in changes
+
+
+def test_it_says_so_where_no_single_change_would_fit() -> None:
+    model = model_of({"a": 2_000_000_000, "b": 2_000_000_000})
+    where: dict[str, Layout] = {"a": layouts.table_wise(rank=0), "b": layouts.table_wise(rank=1)}
+    _, changes = refusal(model, named=where)
+    assert len(changes) == 1
+    found = re.search(r"no named layouts, .*, and (\d+) nodes", changes[0])
+    assert found is not None
+    se.plan_sharding(model, replace(CLUSTER, num_nodes=int(found[1])))
+    whole = se.Constraints(layouts={"a": ["table_wise"], "b": ["table_wise"]})
+    first, changes = refusal(model, constraints=whole)
+    assert first.endswith(
+        "no single change of a layout, the ranks, a dtype or the headroom would fit"
+    )
+    assert changes == []
