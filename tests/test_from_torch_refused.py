@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import shardemb as se
@@ -42,6 +43,28 @@ def stepping() -> nn.Module:
     return module
 
 
+def updated_in_backward() -> nn.Module:
+    module = nn.Embedding(9, 8)
+    _apply_optimizer_in_backward(torch.optim.SGD, [module.weight], {"lr": 0.1})
+    return module
+
+
+def compiled() -> nn.Module:
+    module = nn.Embedding(9, 8)
+    module.compile()
+    return module
+
+
+class Rows(nn.Parameter):
+    """A parameter that may be anything."""
+
+
+def of_other_parameter() -> nn.Module:
+    module = nn.Embedding(9, 8)
+    module.weight = Rows(module.weight.data)
+    return module
+
+
 def of_other_forward() -> nn.Module:
     module = nn.Embedding(9, 8)
     module.forward = lambda ids: ids  # type: ignore[assignment,method-assign]
@@ -70,6 +93,9 @@ MODULES: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: weight_norm(nn.Embedding(9, 8)), r"it holds \['weight_g', 'weight_v'\], and not just"),
     (lambda: prune.identity(nn.Embedding(9, 8), "weight"), r"it holds \['weight_orig', 'weight_m"),
     (of_other_forward, "its forward was replaced or compiled"),
+    (compiled, "its forward was replaced or compiled"),
+    (of_other_parameter, r"its weight is a Rows, and not a plain nn\.Parameter"),
+    (updated_in_backward, "its weight has an optimizer in the backward pass"),
     (hooked, "its weight has gradient hooks"),
     (stepping, "its weight has gradient hooks"),
 ]
@@ -187,9 +213,11 @@ def test_models_without_torch_s_embeddings_are_refused_and_torchrec_s_left_alone
 
 IDS = torch.tensor([1, 2, 3])
 ENDS = torch.tensor([0, 2])
+NESTED = torch.nested.nested_tensor([IDS, IDS[:1]], layout=torch.jagged)
 CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("item", {"input": IDS.float(), "offsets": ENDS}, "input must be int32 or int64, got torch.fl"),
     ("user", {"input": IDS.float()}, "input must be int32 or int64, got torch.float32"),
+    ("item", {"input": NESTED}, "input is a nested tensor, which is not supported"),
     ("item", {"input": IDS}, r"input must be \[N\] with offsets \[B\], or \[B, L\] without"),
     ("item", {"input": IDS.view(1, 3), "offsets": ENDS}, r"got input \[1, 3\] and offsets \[2\]"),
     ("item", {"input": IDS, "offsets": ENDS.float()}, "offsets must be integers, got torch.float"),
