@@ -41,8 +41,7 @@ def from_torch(
       has no effect: only rows that were looked up are touched anyway.
     - Once sharded there is no whole `weight`. Every rank makes every call, be it with no ids, and
       each call is an exchange between the ranks. A trained table is looked up once in a step;
-      `TrainPipeline` refuses a second lookup. It takes the samples of a batch to be the rows of
-      its first tensor, so let that be labels or dense features, and not ids.
+      `TrainPipeline` refuses a second lookup.
 
     Args:
         model: Holds the modules; their weights on rank 0 count.
