@@ -12,12 +12,12 @@ from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 
 import shardemb as se
-from shardemb.candidates import topology_of
 from shardemb.constraints import DEFAULT_HEADROOM
-from shardemb.layout_rules import layouts_allowed
 from shardemb.modules.discovery import Table, find_collections
 from shardemb.optim import SparseOptimizer
-from shardemb.planner import make_sharders
+from shardemb.planning.candidates import topology_of
+from shardemb.planning.layout_rules import layouts_allowed
+from shardemb.planning.planner import make_sharders
 
 KERNELS = ["fused", "dense"]
 

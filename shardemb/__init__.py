@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from shardemb.pipeline import TrainPipeline as TrainPipeline
     from shardemb.placement import ShardingPlan as ShardingPlan
     from shardemb.plan import plan_sharding as plan_sharding
-    from shardemb.plan_fit import load_plan as load_plan
+    from shardemb.plans.fit import load_plan as load_plan
     from shardemb.shard import shard_modules as shard_modules
     from shardemb.traffic import Traffic as Traffic
     from shardemb.traffic import traffic_of as traffic_of
@@ -57,7 +57,7 @@ _HOME = {
     "keyed_jagged_tensor": "shardemb.data.batches",
     "latest_checkpoint": "shardemb.checkpoint",
     "load_checkpoint": "shardemb.checkpoint",
-    "load_plan": "shardemb.plan_fit",
+    "load_plan": "shardemb.plans.fit",
     "load_profile": "shardemb.data.profile_file",
     "plan_sharding": "shardemb.plan",
     "profile_batches": "shardemb.data.profile_counter",

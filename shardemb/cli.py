@@ -19,7 +19,7 @@ def train(argv: Sequence[str]) -> int:
 
 def plan(argv: Sequence[str]) -> int:
     """Plans where a recipe's tables lie, for any cluster, without processes; compares plans."""
-    from shardemb.plan_command import diff, make
+    from shardemb.commands.plan import diff, make
 
     if argv[:1] == ["diff"]:
         try:
@@ -38,7 +38,7 @@ def plan(argv: Sequence[str]) -> int:
 
 def data(argv: Sequence[str]) -> int:
     """Generates a click log, or profiles one: generate, profile."""
-    from shardemb.data_command import COMMANDS as OF_DATA
+    from shardemb.commands.data import COMMANDS as OF_DATA
 
     if not argv or argv[0] in {"-h", "--help"}:
         return _list_commands(OF_DATA, "shardemb data", asked=bool(argv))

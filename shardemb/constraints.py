@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardemb.geometry import may_lie_on, places_of
-from shardemb.layout_rules import why_not
 from shardemb.layouts import LAYOUTS, DataParallel, Layout
 from shardemb.modules.discovery import Table
+from shardemb.planning.geometry import may_lie_on, places_of
+from shardemb.planning.layout_rules import why_not
 
 DEFAULT_HEADROOM = 0.15
 

@@ -118,7 +118,7 @@ class ShardingPlan:
             ValueError: The shards of a table are not blocks of it.
             OSError: The file cannot be written.
         """
-        from shardemb.plan_file import write_plan
+        from shardemb.plans.file import write_plan
 
         write_plan(self, path)
 
@@ -134,7 +134,7 @@ class ShardingPlan:
         Raises:
             ValueError: The shards of a table are not blocks of it.
         """
-        from shardemb.plan_file import plan_to_json
+        from shardemb.plans.file import plan_to_json
 
         return plan_to_json(self)
 
@@ -144,7 +144,7 @@ class ShardingPlan:
         Returns:
             One HTML document that needs no other file and no network.
         """
-        from shardemb.plan_html import plan_to_html
+        from shardemb.plans.html import plan_to_html
 
         return plan_to_html(self)
 
@@ -160,6 +160,6 @@ class ShardingPlan:
         Path(path).write_text(self.to_html(), encoding="utf-8")
 
     def __str__(self) -> str:
-        from shardemb.plan_text import plan_to_text
+        from shardemb.plans.text import plan_to_text
 
         return plan_to_text(self)

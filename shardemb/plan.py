@@ -12,14 +12,14 @@ from shardemb.cluster import Cluster, cluster_of
 from shardemb.constraints import Constraints
 from shardemb.env import Env
 from shardemb.errors import RunError
-from shardemb.fits import what_does_not_fit
 from shardemb.layouts import Layout
 from shardemb.modules.discovery import Collection, Table, find_collections
 from shardemb.placement import ShardingPlan, TablePlacement
-from shardemb.plan_shards import shards_of
-from shardemb.planner import Choice, choose_layouts
-from shardemb.problem import Problem, check_problem
-from shardemb.search import DoesNotFitError
+from shardemb.planning.fits import what_does_not_fit
+from shardemb.planning.planner import Choice, choose_layouts
+from shardemb.planning.problem import Problem, check_problem
+from shardemb.planning.search import DoesNotFitError
+from shardemb.plans.shards import shards_of
 from shardemb.workload import Workload
 
 

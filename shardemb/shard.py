@@ -24,9 +24,9 @@ from shardemb.outputs import (
     outputs_of,
 )
 from shardemb.placement import ShardingPlan
-from shardemb.planner import make_sharders
+from shardemb.planning.planner import make_sharders
+from shardemb.planning.torchrec_plan import torchrec_plan
 from shardemb.rows import Origin, left_unfilled, origin_of, set_rows
-from shardemb.torchrec_plan import torchrec_plan
 
 
 def shard_modules(

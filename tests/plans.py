@@ -10,7 +10,7 @@ from shardemb.cluster import Cluster
 from shardemb.data.profile import DataProfile, FeatureProfile
 from shardemb.layouts import Layout
 from shardemb.placement import ShardingPlan, TablePlacement
-from shardemb.plan_shards import shards_of
+from shardemb.plans.shards import shards_of
 from shardemb.workload import Workload
 
 ENV = se.Env(world_size=4, num_nodes=2)

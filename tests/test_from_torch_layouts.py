@@ -61,7 +61,9 @@ def check(env: Env, optimizer: SparseOptimizer, layout: Layout) -> None:
     sharded = se.shard_modules(
         model, se.plan_sharding(model, env, where_of(model, env, layout)), env
     )
-    pipeline = se.TrainPipeline(sharded, se.build_optimizer(sharded), env)
+    pipeline = se.TrainPipeline(
+        sharded, se.build_optimizer(sharded), env, num_samples=lambda batch: len(batch["labels"])
+    )
     dense = torch_optimizer(plain, optimizer)
     steps = pipeline.run((parts(env, step)[1] for step in range(NUM_STEPS)), NUM_STEPS)
     for step, loss in steps:

@@ -12,7 +12,7 @@ from shardemb import cli
 from shardemb.data.generated import write_click_log
 from shardemb.data.profile import DataProfile
 from shardemb.data.profile_file import save_profile
-from shardemb.plan_file import read_plan
+from shardemb.plans.file import read_plan
 from shardemb.traffic import traffic_of
 from tests.plans import hot_profile
 

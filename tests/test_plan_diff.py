@@ -6,7 +6,7 @@ from dataclasses import replace
 import shardemb as se
 from shardemb import layouts
 from shardemb.layouts import Layout
-from shardemb.plan_diff import diff_plans
+from shardemb.plans.diff import diff_plans
 from shardemb.text import format_bytes
 from shardemb.workload import Workload
 from tests.plans import ENV, LAYOUTS, every_layout, many_tables, model, table, tables

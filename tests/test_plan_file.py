@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shardemb.placement import ShardingPlan
-from shardemb.plan_file import read_plan
+from shardemb.plans.file import read_plan
 from tests.plans import every_layout, many_tables
 
 

@@ -12,8 +12,8 @@ import pytest
 import shardemb as se
 from shardemb import layouts
 from shardemb.placement import ShardingPlan
-from shardemb.plan_costs import costs_of
-from shardemb.svg_bars import ticks
+from shardemb.plans.costs import costs_of
+from shardemb.plans.svg_bars import ticks
 from tests.plans import every_layout, many_tables, table
 
 SVG = "{http://www.w3.org/2000/svg}"

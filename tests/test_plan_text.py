@@ -8,7 +8,7 @@ import pytest
 
 import shardemb as se
 from shardemb import layouts
-from shardemb.plan_costs import costs_of
+from shardemb.plans.costs import costs_of
 from shardemb.text import format_bytes
 from shardemb.traffic import traffic_of
 from tests.plans import ENV, LAYOUTS, every_layout, many_tables, table

@@ -11,9 +11,9 @@ import pytest
 import shardemb as se
 from benchmarks.torchrec_planner import of_plan, rated_ms, some_tables, torchrec_placed
 from shardemb import layouts, optim
-from shardemb.candidates import Candidate, Cost
 from shardemb.layouts import Layout
-from shardemb.search import DoesNotFitError, Item, Place, Search
+from shardemb.planning.candidates import Candidate, Cost
+from shardemb.planning.search import DoesNotFitError, Item, Place, Search
 
 SGD, ROW_WISE_ADAGRAD = optim.SGD(lr=0.1), optim.RowWiseAdagrad(lr=0.1)
 H100_16 = se.Cluster.preset("h100", num_nodes=2)

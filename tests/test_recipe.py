@@ -15,7 +15,7 @@ from shardemb import cli
 from shardemb.data.generated import write_click_log
 from shardemb.env import Env
 from shardemb.errors import RunError
-from shardemb.plan_file import read_plan
+from shardemb.plans.file import read_plan
 from shardemb.recipes.dlrm import default_batch_size
 from shardemb.recipes.run_folder import RunFolder, open_run
 

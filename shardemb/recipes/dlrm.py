@@ -31,8 +31,8 @@ from shardemb.layouts import Layout
 from shardemb.metrics import click_metrics
 from shardemb.models.dlrm import DLRM, ClickModel
 from shardemb.placement import ShardingPlan
-from shardemb.plan_file import read_plan
-from shardemb.plan_text import describe_ranks
+from shardemb.plans.file import read_plan
+from shardemb.plans.text import describe_ranks
 from shardemb.recipes.config_file import config_to_toml, read_config
 from shardemb.recipes.console import refuse, say_on_main
 from shardemb.recipes.progress import Progress

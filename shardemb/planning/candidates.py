@@ -24,7 +24,6 @@ from torchrec.distributed.types import ModuleSharder
 
 from shardemb.cluster import Cluster
 from shardemb.config import BYTES_OF
-from shardemb.geometry import places_of
 from shardemb.layouts import (
     ColumnWise,
     DataParallel,
@@ -36,6 +35,7 @@ from shardemb.layouts import (
     TableWise,
 )
 from shardemb.modules.discovery import Collection, Table
+from shardemb.planning.geometry import places_of
 from shardemb.workload import Workload
 
 _NARROWEST_SLICE = 32

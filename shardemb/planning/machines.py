@@ -3,7 +3,7 @@
 GB and GB/s are 10^9 bytes; a GPU's memory counts as 10^9 bytes a GB too, which is less than it has.
 NVLink is stated for both directions together: half of it is what a rank can send. A node's network
 is stated in Gb/s of all its cards: an eighth of that in bytes, by the GPUs of a node, is a rank's.
-These are peaks: `shardemb.probe` measures what a machine at hand reaches.
+These are peaks: `shardemb.planning.probe` measures what a machine at hand reaches.
 
 Sources, by GPU and by the node that stands for its machines:
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 from torchrec.modules.embedding_configs import DataType
 
 from shardemb.constraints import Constraints
-from shardemb.geometry import places_of
-from shardemb.layout_rules import layouts_allowed
 from shardemb.layouts import LAYOUTS, Layout
 from shardemb.modules.discovery import Table
-from shardemb.planner import check_fits, least_bytes
-from shardemb.problem import Problem, check_problem
-from shardemb.search import DoesNotFitError
+from shardemb.planning.geometry import places_of
+from shardemb.planning.layout_rules import layouts_allowed
+from shardemb.planning.planner import check_fits, least_bytes
+from shardemb.planning.problem import Problem, check_problem
+from shardemb.planning.search import DoesNotFitError
 from shardemb.text import format_bytes
 
 _MORE_NODES = (1, 1.05, 1.1, 1.25, 1.5, 2, 4)

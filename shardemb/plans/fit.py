@@ -10,13 +10,13 @@ from shardemb.agree import all_or_none
 from shardemb.cluster import Cluster, cluster_of
 from shardemb.constraints import DEFAULT_HEADROOM
 from shardemb.env import Env
-from shardemb.layout_rules import why_not
 from shardemb.modules.discovery import Collection, Table, find_collections
 from shardemb.placement import ShardingPlan, TablePlacement
 from shardemb.plan import check_slices
-from shardemb.plan_file import read_plan
-from shardemb.plan_shards import layout_of
-from shardemb.plan_text import describe_ranks
+from shardemb.planning.layout_rules import why_not
+from shardemb.plans.file import read_plan
+from shardemb.plans.shards import layout_of
+from shardemb.plans.text import describe_ranks
 from shardemb.text import format_bytes
 
 _SHOWN = 10

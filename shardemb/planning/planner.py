@@ -14,7 +14,10 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ModuleSharder
 
-from shardemb.candidates import (
+from shardemb.constraints import Constraints, kinds_of
+from shardemb.layouts import LAYOUTS, ColumnWise, DataParallel, GridShard, Layout, TableColumnWise
+from shardemb.modules.discovery import Collection, Table
+from shardemb.planning.candidates import (
     Candidate,
     candidates_of,
     estimated,
@@ -22,13 +25,10 @@ from shardemb.candidates import (
     slice_counts,
     together,
 )
-from shardemb.constraints import Constraints, kinds_of
-from shardemb.geometry import may_lie_on, placed, places_of
-from shardemb.layout_rules import layouts_allowed
-from shardemb.layouts import LAYOUTS, ColumnWise, DataParallel, GridShard, Layout, TableColumnWise
-from shardemb.modules.discovery import Collection, Table
-from shardemb.problem import Problem
-from shardemb.search import Item, Place, Search
+from shardemb.planning.geometry import may_lie_on, placed, places_of
+from shardemb.planning.layout_rules import layouts_allowed
+from shardemb.planning.problem import Problem
+from shardemb.planning.search import Item, Place, Search
 from shardemb.text import format_bytes
 
 

@@ -5,7 +5,6 @@ from typing import get_args
 
 from shardemb.cluster import Cluster
 from shardemb.config import BYTES_OF
-from shardemb.geometry import blocks_of
 from shardemb.layouts import (
     LAYOUTS,
     ColumnWise,
@@ -17,6 +16,7 @@ from shardemb.layouts import (
 )
 from shardemb.optim import RowWiseAdagrad, SparseOptimizer
 from shardemb.placement import Shard, TablePlacement
+from shardemb.planning.geometry import blocks_of
 
 OPTIMIZERS: dict[str, type[SparseOptimizer] | None] = {
     "none": None,

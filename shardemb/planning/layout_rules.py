@@ -1,6 +1,5 @@
 """Which layouts a table may have: what TorchRec's kernels compute rightly, and nothing else."""
 
-from shardemb.geometry import a_rank_stays_empty
 from shardemb.layouts import (
     LAYOUTS,
     ColumnWise,
@@ -14,6 +13,7 @@ from shardemb.layouts import (
 )
 from shardemb.modules.discovery import Table
 from shardemb.optim import RowWiseAdagrad
+from shardemb.planning.geometry import a_rank_stays_empty
 
 _WIDTH_STEP = 4
 """FBGEMM's kernels read four floats at a time."""

@@ -80,8 +80,8 @@ def diff(argv: Sequence[str]) -> int:
     parser.add_argument("after", help="another")
     asked = parser.parse_args(argv)
 
-    from shardemb.plan_diff import diff_plans
-    from shardemb.plan_file import read_plan
+    from shardemb.plans.diff import diff_plans
+    from shardemb.plans.file import read_plan
 
     text = diff_plans(read_plan(asked.before), read_plan(asked.after))
     if text:
@@ -141,7 +141,7 @@ def _where(asked: argparse.Namespace) -> "Env | Cluster":
     """
     from shardemb.cluster import Cluster
     from shardemb.env import Env
-    from shardemb.probe import probe
+    from shardemb.planning.probe import probe
 
     is_given = asked.world_size is not None
     world_size = asked.world_size if is_given else _RANKS_PER_NODE * asked.num_nodes

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from shardemb.cluster import Cluster
 from shardemb.constraints import Constraints, check_constraints, some_names
-from shardemb.layout_rules import why_not
 from shardemb.layouts import Layout
 from shardemb.modules.discovery import Collection, Table
+from shardemb.planning.layout_rules import why_not
 from shardemb.workload import Workload
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from shardemb.placement import ShardingPlan
-from shardemb.plan_cells import (
+from shardemb.plans.cells import (
     Cells,
     balance_cells,
     rank_cells,
@@ -19,9 +19,9 @@ from shardemb.plan_cells import (
     skew_cells,
     table_cells,
 )
-from shardemb.plan_costs import Floats, PlanCosts, costs_of, imbalance
-from shardemb.plan_text import describe_plan
-from shardemb.svg_bars import Bars, axis_svg, bars_svg, chart_width
+from shardemb.plans.costs import Floats, PlanCosts, costs_of, imbalance
+from shardemb.plans.svg_bars import Bars, axis_svg, bars_svg, chart_width
+from shardemb.plans.text import describe_plan
 from shardemb.text import format_bytes
 
 _COLOURS = (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shardemb.candidates import Candidate
+from shardemb.planning.candidates import Candidate
 
 # W ranks. Every sum is of one number at a time, so that all machines come to the same plan.
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from shardemb.placement import ShardingPlan, TablePlacement
-from shardemb.plan_cells import ranges, say_load
-from shardemb.plan_costs import PlanCosts, costs_of, imbalance
-from shardemb.plan_shards import layout_of
+from shardemb.plans.cells import ranges, say_load
+from shardemb.plans.costs import PlanCosts, costs_of, imbalance
+from shardemb.plans.shards import layout_of
 from shardemb.text import format_bytes, format_table
 
 _MOST_RANKS = 16

@@ -6,7 +6,7 @@ import numpy as np
 
 from shardemb.cluster import Cluster
 from shardemb.placement import ShardingPlan
-from shardemb.plan_cells import (
+from shardemb.plans.cells import (
     Cells,
     amounts_of,
     balance_cells,
@@ -14,7 +14,7 @@ from shardemb.plan_cells import (
     skew_cells,
     table_cells,
 )
-from shardemb.plan_costs import PlanCosts, costs_of
+from shardemb.plans.costs import PlanCosts, costs_of
 from shardemb.text import format_bytes
 
 _MOST_TABLES = 40

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from shardemb.placement import ShardingPlan
-from shardemb.plan_costs import SPLITS_ROWS, PlanCosts, imbalance
+from shardemb.plans.costs import SPLITS_ROWS, PlanCosts, imbalance
 from shardemb.text import format_bytes, format_table
 
 

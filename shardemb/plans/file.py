@@ -11,8 +11,8 @@ from shardemb.config import BYTES_OF
 from shardemb.data.profile import DataProfile
 from shardemb.layouts import LAYOUTS, Layout
 from shardemb.placement import Shard, ShardingPlan, TablePlacement
-from shardemb.plan_costs import costs_to_json
-from shardemb.plan_shards import OPTIMIZERS, layout_of, shards_like
+from shardemb.plans.costs import costs_to_json
+from shardemb.plans.shards import OPTIMIZERS, layout_of, shards_like
 from shardemb.typed_json import make_typed, parse_json
 from shardemb.workload import Workload
 

@@ -1,0 +1,1 @@
+"""The parts of the `shardemb` command that have options of their own."""

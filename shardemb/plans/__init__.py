@@ -1,0 +1,1 @@
+"""What a plan looks like: as text, as a page, as a file, beside another."""
