@@ -8,23 +8,16 @@ that what else the machine does falls on all of them. Loss: the mean of the pool
 
 import argparse
 import json
-import os
-import socket
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import shardemb as se
 from benchmarks.contenders import (
     CASES,
     EMBEDDING_DIM,
@@ -38,6 +31,7 @@ from benchmarks.contenders import (
     zipf_batches,
 )
 from benchmarks.machine import copy_gb_per_s, describe, random_row_gb_per_s
+from benchmarks.ranks import on_ranks, take_turns
 from shardemb.env import Env
 from shardemb.text import format_table
 
@@ -59,51 +53,20 @@ def ideal_bytes(case: Case) -> float:
     return float(ids_and_outputs + touched * (3 * row + 2 * state))
 
 
-def measure(case: Case, env: Env, warmup: int, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each step of each contender, which take turns; of the slowest rank."""
-    steps = contenders(case, env)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(warmup + repeats):
-        for name, step in steps.items():
-            dist.barrier()
-            start = time.perf_counter()
-            step()
-            taken = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-            dist.all_reduce(taken, dist.ReduceOp.MAX)
-            if repeat >= warmup:
-                seconds[name].append(1e3 * float(taken))
-    return seconds
-
-
-def run_rank(rank: int, world_size: int, port: int, out: str, warmup: int, repeats: int) -> None:
+def run_rank(env: Env, out: str, warmup: int, repeats: int) -> None:
     """All cases of a world size on one rank; rank 0 writes the times."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
-    env = se.init_distributed(device="cpu")
     for number, case in enumerate(CASES):
-        if case.world_size != world_size:
+        if case.world_size != env.world_size:
             continue
-        times = measure(case, env, warmup, repeats)
+        times = take_turns(contenders(case, env), warmup, repeats)
         if env.is_main:
             Path(out, f"{number}.json").write_text(json.dumps(times))
 
 
 def run(warmup: int, repeats: int, out: Path) -> dict[str, Any]:
     """All cases, each world size in processes of its own."""
-    # glibc reads these when a process starts; without them each step pays for page faults
-    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     for world_size in sorted({case.world_size for case in CASES}):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        mp.spawn(run_rank, (world_size, port, str(out), warmup, repeats), nprocs=world_size)
+        on_ranks(run_rank, world_size, str(out), warmup, repeats)
     random_gb_per_s = random_row_gb_per_s(EMBEDDING_DIM, NUM_TABLES * NUM_EMBEDDINGS)
     results = []
     for number, case in enumerate(CASES):

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from shardemb.env import init_distributed as init_distributed
     from shardemb.modules.embedding import EmbeddingCollection as EmbeddingCollection
     from shardemb.modules.embedding_bag import EmbeddingBagCollection as EmbeddingBagCollection
+    from shardemb.modules.from_torch import from_torch as from_torch
     from shardemb.optim.build import build_optimizer as build_optimizer
     from shardemb.pipeline import TrainPipeline as TrainPipeline
     from shardemb.placement import ShardingPlan as ShardingPlan
     from shardemb.plan import plan_sharding as plan_sharding
+    from shardemb.plan_fit import load_plan as load_plan
     from shardemb.shard import shard_modules as shard_modules
     from shardemb.traffic import Traffic as Traffic
     from shardemb.traffic import traffic_of as traffic_of
@@ -50,10 +52,12 @@ _HOME = {
     "TrainPipeline": "shardemb.pipeline",
     "Workload": "shardemb.workload",
     "build_optimizer": "shardemb.optim.build",
+    "from_torch": "shardemb.modules.from_torch",
     "init_distributed": "shardemb.env",
     "keyed_jagged_tensor": "shardemb.data.batches",
     "latest_checkpoint": "shardemb.checkpoint",
     "load_checkpoint": "shardemb.checkpoint",
+    "load_plan": "shardemb.plan_fit",
     "load_profile": "shardemb.data.profile_file",
     "plan_sharding": "shardemb.plan",
     "profile_batches": "shardemb.data.profile_counter",

@@ -18,30 +18,21 @@ def train(argv: Sequence[str]) -> int:
 
 
 def plan(argv: Sequence[str]) -> int:
-    """Prints the sharding plan of a recipe for any number of ranks; starts no processes."""
-    parser = argparse.ArgumentParser(prog="shardemb plan", description=plan.__doc__, add_help=False)
-    parser.add_argument("--world-size", type=int, default=2, help="number of ranks")
-    parser.add_argument("--num-nodes", type=int, default=1, help="number of nodes")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    asked, rest = parser.parse_known_args(argv)
-    name, rest = _recipe(rest, "plan")
-    if {"-h", "--help"} & set(rest):
-        parser.print_help()
-        print("\nThe recipe's own options follow, and --recipe NAME chooses another.\n")
+    """Plans where a recipe's tables lie, for any cluster, without processes; compares plans."""
+    from shardemb.plan_command import diff, make
 
-    from shardemb import plan_sharding
-    from shardemb.env import Env
+    if argv[:1] == ["diff"]:
+        try:
+            return diff(argv[1:])
+        except (ValueError, OSError) as error:
+            return _refuse(error, 2)
+    name, rest = _recipe(argv, "plan")
     from shardemb.errors import RunError
-    from shardemb.recipes.config_file import read_config
 
-    recipe = import_module(f"shardemb.recipes.{name}")
     try:
-        env = Env(world_size=asked.world_size, num_nodes=asked.num_nodes)
-        config = read_config(recipe.Config, rest, Env(), prog="shardemb plan")
-        made = plan_sharding(recipe.build_model(config), env, recipe.build_layouts(config))
+        make(rest, import_module(f"shardemb.recipes.{name}"))
     except (ValueError, OSError, RunError) as error:
         return _refuse(error)
-    print(made.to_json() if asked.json else made)
     return 0
 
 

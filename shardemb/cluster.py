@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from shardemb.env import Env
 from shardemb.host_memory import host_memory_bytes
 from shardemb.machines import GPUS_PER_NODE, MACHINES, Machine, machine_of
+
+if TYPE_CHECKING:  # a plan is read and compared without torch
+    from shardemb.env import Env
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -121,7 +121,7 @@ class Cluster:
         )
 
 
-def cluster_of(env: Env) -> Cluster:
+def cluster_of(env: "Env") -> Cluster:
     """The ranks of an environment as a cluster.
 
     Those of this run have the memory that is here: the CUDA device's, or on CPU an equal part of
@@ -137,6 +137,7 @@ def cluster_of(env: Env) -> Cluster:
         The cluster.
 
     Example:
+        >>> from shardemb.env import Env
         >>> cluster_of(Env(world_size=4, num_nodes=2)).ranks_per_node
         2
     """
@@ -152,6 +153,8 @@ def cluster_of(env: Env) -> Cluster:
         return cluster
     if device == "cpu":
         return replace(cluster, memory_bytes=host_memory_bytes() // env.local_world_size)
+    import torch
+
     properties = torch.cuda.get_device_properties(env.device)
     machine = machine_of(properties.name)
     cluster = replace(cluster, memory_bytes=properties.total_memory)

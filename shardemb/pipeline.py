@@ -3,7 +3,7 @@
 # B batch on this rank
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -21,6 +21,39 @@ from shardemb.errors import RunError
 _FAILED, _ENDED, _SIZE, _LOSS = range(4)
 
 
+def num_samples_of(batch: Any) -> int:
+    """The samples of a batch, on which every part of it that has one row a sample agrees.
+
+    Args:
+        batch: A tensor, a `KeyedJaggedTensor`, or a dataclass, dict, list or tuple that holds some.
+
+    Returns:
+        The number of samples: of its first `KeyedJaggedTensor`; else the length of its floating
+        tensors, labels and dense features; else that of its tensors.
+
+    Raises:
+        ValueError: There is neither, or their lengths differ.
+
+    Example:
+        >>> num_samples_of({"ids": torch.zeros(20).long(), "labels": torch.zeros(8)})
+        8
+    """
+    leaves = list(_leaves(batch))
+    for leaf in leaves:
+        if isinstance(leaf, KeyedJaggedTensor):
+            return int(leaf.stride())
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0]
+    telling = [tensor for tensor in tensors if tensor.is_floating_point()] or tensors
+    lengths = sorted({len(tensor) for tensor in telling})
+    if len(lengths) != 1:
+        why = f"its tensors have lengths {lengths}" if lengths else "it holds no tensor"
+        raise ValueError(
+            f"cannot tell the samples of a batch of type {type(batch).__name__}: {why}; say it by "
+            "TrainPipeline(..., num_samples=lambda batch: ...)"
+        )
+    return lengths[0]
+
+
 class TrainPipeline:
     """Runs a model's training steps.
 
@@ -36,12 +69,20 @@ class TrainPipeline:
             the global batch.
         optimizer: Of `build_optimizer`.
         env: This process.
+        num_samples: Tells the number of samples of a batch, by which its mean loss counts.
 
     Raises:
         ValueError: The model is not sharded.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, env: Env) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        env: Env,
+        *,
+        num_samples: Callable[[Any], int] = num_samples_of,
+    ) -> None:
         if not isinstance(model, DistributedModelParallel):
             raise ValueError(
                 "TrainPipeline takes the model that shard_modules returned, got "
@@ -49,6 +90,7 @@ class TrainPipeline:
             )
         self._model, self._optimizer, self._env = model, optimizer, env
         self._guards = guards_of(model)
+        self._num_samples = num_samples
 
     def run(
         self, loader: Iterable[Any], num_steps: int, *, first_step: int = 0
@@ -73,7 +115,7 @@ class TrainPipeline:
         if first_step >= num_steps:
             return
         batches = iter(loader)
-        upcoming = _NextBatch(batches, self._guards, self._env)
+        upcoming = self._next(batches)
         upcoming.announce()
         for step in range(first_step + 1, num_steps + 1):
             batch = upcoming.agreed(step)
@@ -83,9 +125,7 @@ class TrainPipeline:
             self._optimizer.zero_grad()
             with one_step(self._guards, upcoming.checked):
                 loss = _loss_of(self._model(batch)) * upcoming.weight
-            upcoming = _NextBatch(
-                batches if step < num_steps else iter(()), self._guards, self._env
-            )
+            upcoming = self._next(batches if step < num_steps else iter(()))
             upcoming.announce(loss.detach())
             loss.backward()
             self._optimizer.step()
@@ -111,9 +151,12 @@ class TrainPipeline:
         finally:
             self._model.train(was_training)
 
+    def _next(self, batches: Iterator[Any]) -> "_NextBatch":
+        return _NextBatch(batches, self._guards, self._env, self._num_samples)
+
     def _results(self, batches: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
         for step in itertools.count(1):
-            upcoming = _NextBatch(batches, self._guards, self._env)
+            upcoming = self._next(batches)
             upcoming.announce()
             batch = upcoming.agreed(step)
             if batch is None:
@@ -126,7 +169,13 @@ class TrainPipeline:
 class _NextBatch:
     """A batch that was fetched and checked, and what the other ranks said of theirs."""
 
-    def __init__(self, batches: Iterator[Any], guards: Sequence[GuardedForward], env: Env) -> None:
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        guards: Sequence[GuardedForward],
+        env: Env,
+        num_samples: Callable[[Any], int],
+    ) -> None:
         self._env = env
         self._error: Exception | None = None
         self._batch: Any = None
@@ -137,7 +186,7 @@ class _NextBatch:
         self.checked: list[tuple[GuardedForward, CheckedBatch]] = []
         try:
             self._batch = next(batches)
-            self._mine[_SIZE] = batch_size_of(self._batch)
+            self._mine[_SIZE] = num_samples(self._batch)
             if self._mine[_SIZE] == 0:
                 raise ValueError("a batch must have at least one sample, got none")
             who = [_check(guards, features) for features in _features(self._batch)]
@@ -221,35 +270,6 @@ def _loss_of(result: Any) -> torch.Tensor:
             f"it, got {type(loss).__name__} {list(getattr(loss, 'shape', []))}"
         )
     return loss
-
-
-def batch_size_of(batch: Any) -> int:
-    """The samples of a batch: of its first `KeyedJaggedTensor`, else of its first tensor.
-
-    Args:
-        batch: A tensor, a `KeyedJaggedTensor`, or a dataclass, dict, list or tuple that holds some.
-
-    Returns:
-        The number of samples.
-
-    Raises:
-        ValueError: There is neither.
-
-    Example:
-        >>> batch_size_of({"labels": torch.zeros(8)})
-        8
-    """
-    leaves = list(_leaves(batch))
-    for leaf in leaves:
-        if isinstance(leaf, KeyedJaggedTensor):
-            return int(leaf.stride())
-    for leaf in leaves:
-        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
-            return leaf.shape[0]
-    raise ValueError(
-        f"cannot tell the size of a batch of type {type(batch).__name__}; it holds neither a "
-        "KeyedJaggedTensor nor a tensor"
-    )
 
 
 def _check(guards: Sequence[GuardedForward], batch: KeyedJaggedTensor) -> list[GuardedForward]:

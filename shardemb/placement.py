@@ -1,11 +1,10 @@
-"""A sharding plan as a value, as text and as JSON. How one is made is in `plan.py`."""
+"""A sharding plan as a value. Made in `plan.py`; its text, file and page are in `plan_*.py`."""
 
 import functools
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 
 from shardemb.cluster import Cluster
-from shardemb.text import format_bytes, format_table
 from shardemb.workload import Workload
 
 
@@ -103,64 +102,64 @@ class ShardingPlan:
         totals = [0] * self.world_size
         for table in self.tables:
             for shard in table.shards:
-                totals[shard.rank] += shard.num_bytes
+                totals[shard.rank] += shard.weight_bytes + shard.optimizer_bytes
         return totals
 
+    def save(self, path: str | Path) -> None:
+        """Writes the plan to a file that `load_plan` reads: JSON, a line for each table.
+
+        The file holds what was decided and for what; it fits into git, and `shardemb plan diff`
+        compares two of them.
+
+        Args:
+            path: The file; one that is there is replaced in one move.
+
+        Raises:
+            ValueError: The shards of a table are not blocks of it.
+            OSError: The file cannot be written.
+        """
+        from shardemb.plan_file import write_plan
+
+        write_plan(self, path)
+
     def to_json(self) -> str:
-        """The plan as JSON: `world_size`, `num_nodes`, `tables` and `bytes_per_rank`."""
-        plan = {
-            "world_size": self.world_size,
-            "num_nodes": self.num_nodes,
-            "tables": [asdict(table) for table in self.tables],
-            "bytes_per_rank": self.bytes_per_rank,
-        }
-        return json.dumps(plan, indent=2)
+        """The plan as JSON: what `save` writes, and all that follows from it.
+
+        Returns:
+            A JSON object: `world_size`, `num_nodes`, `cluster`, `workload`, `tables`, each with its
+            `shards` as columns of equal length, `profile` if there is one, `bytes_per_rank`,
+            `costs` of each table and of each rank in a step, and `imbalance`, the most on a rank
+            over the mean. `load_plan` reads it too, and recomputes what follows.
+
+        Raises:
+            ValueError: The shards of a table are not blocks of it.
+        """
+        from shardemb.plan_file import plan_to_json
+
+        return plan_to_json(self)
+
+    def to_html(self) -> str:
+        """The plan as a page for the browser: memory and load of each rank, stacked by table.
+
+        Returns:
+            One HTML document that needs no other file and no network.
+        """
+        from shardemb.plan_html import plan_to_html
+
+        return plan_to_html(self)
+
+    def save_html(self, path: str | Path) -> None:
+        """Writes `to_html` to a file.
+
+        Args:
+            path: The file; one that is there is replaced.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        Path(path).write_text(self.to_html(), encoding="utf-8")
 
     def __str__(self) -> str:
-        rows = [
-            (
-                table.table,
-                f"{table.num_embeddings:,} x {table.embedding_dim}",
-                table.layout,
-                _ranges([shard.rank for shard in table.shards]),
-                format_bytes(sum(shard.weight_bytes for shard in table.shards)),
-                format_bytes(sum(shard.optimizer_bytes for shard in table.shards)),
-                format_bytes(max(shard.num_bytes for shard in table.shards)),
-                table.optimizer,
-                table.chosen_by,
-            )
-            for table in self.tables
-        ]
-        header = (
-            "table",
-            "rows x dim",
-            "layout",
-            "ranks",
-            "weights",
-            "state",
-            "per rank",
-            "optimizer",
-            "chosen by",
-        )
-        totals = self.bytes_per_rank
-        busiest = max(range(self.world_size), key=totals.__getitem__)
-        mean = sum(totals) / self.world_size
-        lines = [format_table(header, rows, right=(1, 4, 5, 6))]
-        if self.world_size <= 16:
-            lines += [f"rank {rank}: {format_bytes(total)}" for rank, total in enumerate(totals)]
-        lines.append(
-            f"in all {format_bytes(sum(totals))}; most on rank {busiest}: "
-            f"{format_bytes(totals[busiest])}, {totals[busiest] / mean:.2f} times the mean"
-        )
-        return "\n".join(lines)
+        from shardemb.plan_text import plan_to_text
 
-
-def _ranges(ranks: list[int]) -> str:
-    """Ranks in few characters: [0, 1, 2, 5] is '0-2,5'."""
-    runs: list[list[int]] = []
-    for rank in sorted(set(ranks)):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+        return plan_to_text(self)

@@ -8,16 +8,15 @@ import torch.distributed as dist
 from torch import nn
 
 from shardemb.agree import all_or_none
-from shardemb.candidates import bytes_of_block
 from shardemb.cluster import Cluster, cluster_of
 from shardemb.constraints import Constraints
 from shardemb.env import Env
 from shardemb.errors import RunError
 from shardemb.fits import what_does_not_fit
-from shardemb.geometry import Block, blocks_of
 from shardemb.layouts import Layout
 from shardemb.modules.discovery import Collection, Table, find_collections
-from shardemb.placement import Shard, ShardingPlan, TablePlacement
+from shardemb.placement import ShardingPlan, TablePlacement
+from shardemb.plan_shards import shards_of
 from shardemb.planner import Choice, choose_layouts
 from shardemb.problem import Problem, check_problem
 from shardemb.search import DoesNotFitError
@@ -112,18 +111,13 @@ def _plan(
             for name, table in found.tables.items()
         ),
     )
-    _check_slices(plan)
+    check_slices(plan)
     assert max(plan.bytes_per_rank) <= problem.bytes_per_rank
     return plan
 
 
 def _placement(found: Collection, table: Table, choice: Choice, cluster: Cluster) -> TablePlacement:
-    blocks = blocks_of(
-        choice.layout,
-        (table.config.num_embeddings, table.config.embedding_dim),
-        world_size=cluster.world_size,
-        local_world_size=cluster.ranks_per_node,
-    )
+    optimizer = table.optimizer.__name__ if table.trainable else "none"
     return TablePlacement(
         table=table.name,
         module=found.path,
@@ -136,30 +130,22 @@ def _placement(found: Collection, table: Table, choice: Choice, cluster: Cluster
         trainable=table.trainable,
         layout=choice.layout.torchrec_name,
         chosen_by=choice.chosen_by,
-        optimizer=table.optimizer.__name__ if table.trainable else "none",
-        shards=_shards(table, blocks),
+        optimizer=optimizer,
+        shards=shards_of(
+            choice.layout,
+            (table.config.num_embeddings, table.config.embedding_dim),
+            ranks=(cluster.world_size, cluster.ranks_per_node),
+            dtype=table.dtype,
+            optimizer=optimizer,
+        ),
     )
 
 
-def _shards(table: Table, blocks: list[Block]) -> tuple[Shard, ...]:
-    shapes = {(block.num_rows, block.num_columns) for block in blocks}
-    bytes_of = {shape: bytes_of_block(table, *shape) for shape in shapes}
-    return tuple(
-        Shard(
-            rank=block.rank,
-            first_row=block.first_row,
-            num_rows=block.num_rows,
-            first_column=block.first_column,
-            num_columns=block.num_columns,
-            weight_bytes=bytes_of[block.num_rows, block.num_columns][0],
-            optimizer_bytes=bytes_of[block.num_rows, block.num_columns][1],
-        )
-        for block in blocks
-    )
-
-
-def _check_slices(plan: ShardingPlan) -> None:
+def check_slices(plan: ShardingPlan) -> None:
     """Refuses slices of two widths in one sequence collection, which TorchRec would mix up.
+
+    Args:
+        plan: A plan of named layouts.
 
     Raises:
         ValueError: There are two.

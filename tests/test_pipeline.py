@@ -20,7 +20,7 @@ from shardemb.data.clicks import CATEGORY_NAMES
 from shardemb.data.generated import write_click_log
 from shardemb.env import Env
 from shardemb.errors import OtherRankError, RunError
-from shardemb.pipeline import batch_size_of
+from shardemb.pipeline import num_samples_of
 from shardemb.recipes.dlrm import Config, build_layouts, build_model
 from tests.spmd import run_ranks, spmd
 
@@ -202,10 +202,13 @@ def test_a_forward_without_a_loss_is_refused(env: Env) -> None:
 
 
 def test_the_size_of_a_batch_is_found_in_any_container() -> None:
-    assert batch_size_of({"x": [unguarded([1, 2, 3]), torch.zeros(7)]}) == 3
-    assert batch_size_of((torch.zeros(()), torch.zeros(7))) == 7
-    with pytest.raises(ValueError, match="cannot tell the size of a batch of type str"):
-        batch_size_of("batch")
+    assert num_samples_of({"x": [unguarded([1, 2, 3]), torch.zeros(7)]}) == 3
+    assert num_samples_of((torch.zeros(()), torch.zeros(7))) == 7
+    assert num_samples_of((torch.arange(20), torch.arange(7), torch.zeros(7))) == 7
+    with pytest.raises(ValueError, match="samples of a batch of type str: it holds no tensor"):
+        num_samples_of("batch")
+    with pytest.raises(ValueError, match=r"lengths \[7, 20\]; say it by TrainPipeline\(..., num_s"):
+        num_samples_of((torch.arange(20), torch.arange(7)))
 
 
 class Keyed(Small):

@@ -112,7 +112,7 @@ class GuardedForward:
         if self.lookups_left == 0:
             raise ValueError(
                 f"the collection of features {self._keys} is looked up twice in one step, and "
-                "each lookup would update its rows by itself; look all features up in one batch"
+                "each lookup would update its rows by itself; look all ids up in one batch"
             )
         self.lookups_left -= 1
 

@@ -16,7 +16,7 @@ from shardemb.env import Env
 from shardemb.recipes.run_folder import CONFIG, RunFolder
 
 C = TypeVar("C")
-_MAY_DIFFER = {"out", "resume", "steps", "log_every", "checkpoint_every", "max_malformed"}
+_MAY_DIFFER = {"out", "resume", "steps", "log_every", "checkpoint_every", "max_malformed", "plan"}
 """Fields that may change when a run goes on."""
 
 

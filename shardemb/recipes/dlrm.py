@@ -20,18 +20,24 @@ from torch import nn
 import shardemb as se
 from shardemb import layouts, optim
 from shardemb.agree import by_main
+from shardemb.cluster import Cluster
 from shardemb.data.click_log import CriteoLoader, open_click_log
 from shardemb.data.clicks import CATEGORY_NAMES, INTEGER_NAMES
 from shardemb.data.generated import GeneratedLog, read_generated, write_click_log
+from shardemb.data.profile import DataProfile
 from shardemb.env import Env
 from shardemb.errors import RunError
 from shardemb.layouts import Layout
 from shardemb.metrics import click_metrics
 from shardemb.models.dlrm import DLRM, ClickModel
+from shardemb.placement import ShardingPlan
+from shardemb.plan_file import read_plan
+from shardemb.plan_text import describe_ranks
 from shardemb.recipes.config_file import config_to_toml, read_config
 from shardemb.recipes.console import refuse, say_on_main
 from shardemb.recipes.progress import Progress
 from shardemb.recipes.run_folder import CONFIG, DATA, PLAN, RESULT, RunFolder, open_run
+from shardemb.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,9 @@ class Config:
     """Rows of each of the 26 tables; categories are hashed into them."""
     embedding_dim: int = 16
     """Columns of each table."""
+    plan: str | None = None
+    """A plan to train by exactly, of shardemb plan --save or another run's plan.json; `row_wise`
+    counts without one. A run that goes on with other ranks than it is for plans anew."""
     row_wise: tuple[str, ...] = ("C3", "C12", "C16", "C21")
     """Tables sharded by rows over all ranks, as Criteo's largest four would be; the others lie
     whole on one rank."""
@@ -93,7 +102,7 @@ class Config:
         for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("data", "out"):
+        for name in ("data", "out", "plan"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name} must not be empty")
         unknown = sorted(set(self.row_wise) - set(CATEGORY_NAMES))
@@ -118,11 +127,7 @@ def train(config: Config, env: Env) -> None:
     split = None if config.data is None else open_click_log(Path(config.data), env=env)
     num_samples = split.train.num_lines if split else config.generated_rows
     batch_size = config.batch_size or default_batch_size(num_samples)
-    if batch_size % env.world_size:
-        raise ValueError(
-            f"a batch of {batch_size} samples does not divide by {env.world_size} ranks; give "
-            f"--batch-size a multiple of {env.world_size}"
-        )
+    workload = workload_of(batch_size, env.world_size)
     open_run(folder, config_to_toml(config), env, resume=config.resume)
     best_auc = None
     if split is None:
@@ -145,7 +150,7 @@ def train(config: Config, env: Env) -> None:
 
     # Model, plan, shards, optimizer
     model = build_model(config)
-    plan = se.plan_sharding(model, env, build_layouts(config))
+    plan = build_plan(without_plan_of_others(config, env), model, env, workload)
     say(f"\n{plan}\n")
     model = se.shard_modules(model, plan, env, declared_order=False)  # DLRM reads by name
     optimizer = se.build_optimizer(model, dense=lambda p: torch.optim.AdamW(p, lr=config.dense_lr))
@@ -160,7 +165,7 @@ def train(config: Config, env: Env) -> None:
     def write_down() -> None:
         folder.keep(DATA, split.describe())
         folder.write(CONFIG, config_to_toml(replace(config, resume=False)))
-        folder.write(PLAN, plan.to_json())
+        plan.save(folder.path / PLAN)
         folder.forget_after(first_step)
 
     by_main(env, f"writing to {folder.path}", write_down)
@@ -231,6 +236,44 @@ def build_layouts(config: Config) -> dict[str, Layout]:
         name: layouts.row_wise() if name in config.row_wise else layouts.table_wise()
         for name in CATEGORY_NAMES
     }
+
+
+def workload_of(batch_size: int, world_size: int, profile: DataProfile | None = None) -> Workload:
+    """What a step looks up: the samples of a rank, of those of all ranks together.
+
+    Raises:
+        ValueError: The batch does not divide by the ranks.
+    """
+    if batch_size % world_size:
+        raise ValueError(
+            f"a batch of {batch_size} samples does not divide by {world_size} ranks; give "
+            f"--batch-size a multiple of {world_size}"
+        )
+    return Workload(batch_size=batch_size // world_size, profile=profile)
+
+
+def build_plan(
+    config: Config, model: nn.Module, where: Env | Cluster, workload: Workload
+) -> ShardingPlan:
+    """The plan of the file that the config names, if it fits, or a new one."""
+    if config.plan is not None:
+        return se.load_plan(config.plan, model, where)
+    return se.plan_sharding(model, where, build_layouts(config), workload=workload)
+
+
+def without_plan_of_others(config: Config, env: Env) -> Config:
+    """The config of a run that goes on, without its plan if that is for other ranks."""
+    if not config.resume or config.plan is None:
+        return config
+    path = config.plan
+    cluster = by_main(env, f"reading the plan {path}", lambda: read_plan(path).cluster)
+    if (cluster.world_size, cluster.num_nodes) == (env.world_size, env.num_nodes):
+        return config
+    say_on_main(env)(
+        f"{path} is a plan for {describe_ranks(cluster)}, and the run goes on with "
+        f"{env.world_size} on {env.num_nodes}: planning anew"
+    )
+    return replace(config, plan=None)
 
 
 def generate_log(config: Config, folder: RunFolder) -> GeneratedLog:

@@ -1,0 +1,171 @@
+"""What does a table cost that has an exchange of its own, as from_torch's have?
+
+The same 26 tables, batches and layouts: as one collection, which makes one exchange, and as
+nn.EmbeddingBags that from_torch converted, which are called one by one.
+"""
+
+# B batch of this rank
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec import KeyedJaggedTensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import shardemb as se
+from benchmarks.contenders import (
+    EMBEDDING_DIM,
+    NAMES,
+    NUM_EMBEDDINGS,
+    NUM_TABLES,
+    OPTIMIZERS,
+    Case,
+    loop,
+    shardemb,
+    zipf_batches,
+)
+from benchmarks.machine import copy_gb_per_s, describe, random_row_gb_per_s
+from benchmarks.ranks import on_ranks, take_turns
+from benchmarks.step import ideal_bytes, summary
+from shardemb import layouts
+from shardemb.env import Env
+from shardemb.text import format_table
+
+TOGETHER, ALONE = "one EmbeddingBagCollection", "from_torch, table by table"
+
+
+class Bags(nn.Module):
+    """Bags that are called one by one, and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb_l = nn.ModuleList(
+            nn.EmbeddingBag(NUM_EMBEDDINGS, EMBEDDING_DIM, mode="sum", include_last_offset=True)
+            for _ in NAMES
+        )
+
+    def forward(self, batch: KeyedJaggedTensor) -> torch.Tensor:
+        """The loss."""
+        features = [batch[name] for name in NAMES]
+        pooled = [
+            bag(feature.values(), feature.offsets())
+            for bag, feature in zip(self.emb_l, features, strict=True)
+        ]
+        return torch.cat(pooled, 1).mean()
+
+
+def converted(case: Case, env: Env) -> tuple[nn.Module, Any]:
+    """The bags, sharded as the collection is."""
+    model = se.from_torch(Bags(), OPTIMIZERS[case.optimizer])
+    where: dict[str, layouts.Layout] = {
+        f"emb_l_{number}": layouts.row_wise()
+        if case.layout == "row_wise"
+        else layouts.table_wise(rank=number % env.world_size)
+        for number in range(NUM_TABLES)
+    }
+    sharded = se.shard_modules(model, se.plan_sharding(model, env, where), env)
+    return sharded, se.build_optimizer(sharded)
+
+
+def measure(case: Case, env: Env, warmup: int, repeats: int) -> dict[str, Any]:
+    """The times of both."""
+    batches = zipf_batches(case, env)
+    steps: dict[str, Callable[[], object]] = {
+        TOGETHER: loop(*shardemb(case, env), batches),
+        ALONE: loop(*converted(case, env), batches),
+    }
+    times = take_turns(steps, warmup, repeats)
+    pairs = zip(times[ALONE], times[TOGETHER], strict=True)
+    return asdict(case) | {
+        "ms": {name: summary(of) for name, of in times.items()},
+        "ratio": median(alone / together for alone, together in pairs),
+        "ideal_bytes": ideal_bytes(case),
+    }
+
+
+def report(measured: dict[str, Any]) -> str:
+    """The result as a page to read."""
+    rows = [
+        (
+            f"{result['batch_size']:,} x {result['ids_per_bag']}",
+            f"{result['world_size']} {result['layout']}",
+            name,
+            f"{ms['median']:.1f}",
+            f"{ms['p25']:.1f}-{ms['p75']:.1f}",
+            f"{result['ratio']:.2f}" if name == ALONE else "1.00",
+            f"{result['ideal_bytes'] / measured['random_row_gb_per_s'] / 1e6:.1f}",
+        )
+        for result in measured["results"]
+        for name, ms in result["ms"].items()
+    ]
+    header = ("batch x ids", "ranks, layout", "", "ms", "middle half", "ratio", "ideal ms")
+    machine = "\n".join(f"- {name}: {value}" for name, value in measured["machine"].items())
+    return f"""# An exchange for each table
+
+{machine}
+- tables: {NUM_TABLES} x {NUM_EMBEDDINGS:,} rows x {EMBEDDING_DIM}, float32, Zipf 1.05 ids, SGD
+- {measured["warmup"]} steps of warm-up, {measured["repeats"]} measured
+- memory: copy {measured["copy_gb_per_s"]:.1f} GB/s, random rows of {4 * EMBEDDING_DIM} bytes
+  {measured["random_row_gb_per_s"]:.1f} GB/s (read and written)
+
+Lookup, backward and update; batches are those of all ranks. The two take turns, a step each;
+"ratio" is the median of the ratios of steps that followed each other. "ideal" is the least that a
+step must move, as for step.py, by the bandwidth of random rows.
+
+```
+{format_table(header, rows, right=(3, 5, 6))}
+```
+"""
+
+
+CASES = [
+    Case(optimizer="SGD", batch_size=batch_size, ids_per_bag=ids, layout=layout, world_size=2)
+    for batch_size, ids in ((512, 1), (8192, 1), (2048, 20))
+    for layout in ("table_wise", "row_wise")
+]
+
+
+def run_rank(env: Env, out: str, warmup: int, repeats: int) -> None:
+    """All cases on one rank; rank 0 writes the results."""
+    results = [measure(case, env, warmup, repeats) for case in CASES]
+    if env.is_main:
+        Path(out).write_text(json.dumps(results))
+
+
+def main() -> None:
+    """Measures all cases, prints the page and writes it with its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=30)
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    machine = describe()
+    name = f"{machine['date']}-from-torch"
+    written = asked.out / f"{name}.json"
+    on_ranks(run_rank, 2, str(written), asked.warmup, asked.repeats)
+    measured = {
+        "machine": machine,
+        "warmup": asked.warmup,
+        "repeats": asked.repeats,
+        "copy_gb_per_s": copy_gb_per_s(),
+        "random_row_gb_per_s": random_row_gb_per_s(EMBEDDING_DIM, NUM_TABLES * NUM_EMBEDDINGS),
+        "results": json.loads(written.read_text()),
+    }
+    page = report(measured)
+    written.write_text(json.dumps(measured, indent=1) + "\n")
+    (asked.out / f"{name}.md").write_text(page)
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

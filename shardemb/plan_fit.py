@@ -1,0 +1,197 @@
+"""Whether a plan of a file still fits: the model's tables, the ranks and their memory."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from shardemb.agree import all_or_none
+from shardemb.cluster import Cluster, cluster_of
+from shardemb.constraints import DEFAULT_HEADROOM
+from shardemb.env import Env
+from shardemb.layout_rules import why_not
+from shardemb.modules.discovery import Collection, Table, find_collections
+from shardemb.placement import ShardingPlan, TablePlacement
+from shardemb.plan import check_slices
+from shardemb.plan_file import read_plan
+from shardemb.plan_shards import layout_of
+from shardemb.plan_text import describe_ranks
+from shardemb.text import format_bytes
+
+_SHOWN = 10
+
+
+def load_plan(path: str | Path, model: nn.Module, where: Env | Cluster) -> ShardingPlan:
+    """Reads a plan that `ShardingPlan.save` wrote, if it still fits the model and the ranks.
+
+    Args:
+        path: The file.
+        model: The model to shard, as for `plan_sharding`.
+        where: The ranks, as for `plan_sharding`. With the `Env` of this run every rank must call
+            this, and sees the file.
+
+    Returns:
+        The plan, equal to the one that was saved.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged or of another format, or the plan no longer fits: tables
+            were added, removed, renamed or changed, the ranks are others or have too little memory,
+            or a table may not have its layout. The message lists what changed.
+        OtherRankError: Another rank of this run refused it.
+
+    Example:
+        >>> import pathlib, tempfile, shardemb as se
+        >>> table = se.TableConfig(
+        ...     name="user", num_embeddings=1000, embedding_dim=64, feature_names=("user_id",)
+        ... )
+        >>> model = se.EmbeddingBagCollection([table])
+        >>> plan = se.plan_sharding(model, se.Env(world_size=2))
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "plan.json")
+        >>> plan.save(path)
+        >>> load_plan(path, model, se.Env(world_size=2)) == plan
+        True
+    """
+    if not isinstance(where, Env) or not where.is_live:
+        return _load(path, model, where)
+    with all_or_none(where, f"reading the plan {path}"):
+        return _load(path, model, where)
+
+
+def _load(path: str | Path, model: nn.Module, where: Env | Cluster) -> ShardingPlan:
+    """Reads a plan on this rank alone.
+
+    Raises:
+        ValueError: It is damaged or does not fit.
+    """
+    plan = read_plan(path)
+    changes = changes_since(plan, model, where)
+    if not changes:
+        return plan
+    shown = [f"  {change}" for change in changes[:_SHOWN]]
+    if len(changes) > _SHOWN:
+        shown.append(f"  and {len(changes) - _SHOWN} more")
+    lines = "\n".join(shown)
+    raise ValueError(
+        f"the plan in {path} no longer fits:\n{lines}\nplan again, or change back what changed"
+    )
+
+
+def changes_since(plan: ShardingPlan, model: nn.Module, where: Env | Cluster) -> list[str]:
+    """Why a plan does not fit a model and ranks.
+
+    Args:
+        plan: The plan.
+        model: The model.
+        where: The ranks.
+
+    Returns:
+        A line for each reason; none if it fits.
+
+    Raises:
+        ValueError: The model has no collection, or one that is not supported.
+    """
+    found = {
+        name: (collection, table)
+        for collection in find_collections(model).values()
+        for name, table in collection.tables.items()
+    }
+    changes = [
+        *_changes_of_ranks(plan, where),
+        *_changes_of_names(plan, {name: _declared(*each) for name, each in found.items()}),
+        *(
+            change
+            for placed in plan.tables
+            if placed.table in found
+            for change in _changes_of_table(placed, *found[placed.table], plan.cluster)
+        ),
+    ]
+    return changes or _mixed_slices(plan)
+
+
+def _mixed_slices(plan: ShardingPlan) -> list[str]:
+    try:
+        check_slices(plan)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _changes_of_ranks(plan: ShardingPlan, where: Env | Cluster) -> list[str]:
+    """Other ranks, or less memory than was planned for, of which some is to stay free."""
+    cluster = cluster_of(where) if isinstance(where, Env) else where
+    if (plan.world_size, plan.num_nodes) != (cluster.world_size, cluster.num_nodes):
+        return [f"it is for {describe_ranks(plan.cluster)}, there are {describe_ranks(cluster)}"]
+    fullest = max(range(plan.world_size), key=plan.bytes_per_rank.__getitem__)
+    needed = plan.bytes_per_rank[fullest]
+    there, planned = cluster.memory_bytes, plan.cluster.memory_bytes
+    limit = there if there >= planned else there * (1 - DEFAULT_HEADROOM)
+    if needed <= limit:
+        return []
+    return [
+        f"rank {fullest} would hold {format_bytes(needed)} of tables and optimizer state, and has "
+        f"{format_bytes(limit)} for them of {format_bytes(there)}; it was planned for ranks of "
+        f"{format_bytes(planned)}"
+    ]
+
+
+def _changes_of_names(plan: ShardingPlan, declared: dict[str, dict[str, Any]]) -> list[str]:
+    """Tables that came, went, or have the same fields under another name."""
+    gone = {table.table: _planned(table) for table in plan.tables if table.table not in declared}
+    planned = {table.table for table in plan.tables}
+    new = {name: fields for name, fields in declared.items() if name not in planned}
+    changes = []
+    for name, fields in gone.items():
+        same = [other for other in new if new[other] == fields]
+        if same:
+            (now,) = difflib.get_close_matches(name, same, n=1, cutoff=0)
+            del new[now]
+            changes.append(f"table {name!r} is called {now!r} now")
+        else:
+            changes.append(f"table {name!r} is no longer in the model")
+    return changes + [f"table {name!r} is in the model, and not in the plan" for name in new]
+
+
+def _changes_of_table(
+    placed: TablePlacement, collection: Collection, table: Table, cluster: Cluster
+) -> list[str]:
+    declared, planned = _declared(collection, table), _planned(placed)
+    changes = [
+        f"table {placed.table!r}: {name} is {declared[name]!r}, the plan was made for "
+        f"{planned[name]!r}"
+        for name in declared
+        if declared[name] != planned[name]
+    ]
+    if changes:
+        return changes
+    layout = layout_of(placed, cluster)
+    assert layout is not None  # of a file
+    reason = why_not(
+        table,
+        layout,
+        world_size=cluster.world_size,
+        local_world_size=cluster.ranks_per_node,
+    )
+    return [f"table {placed.table!r}: {reason}"] if reason else []
+
+
+def _declared(collection: Collection, table: Table) -> dict[str, Any]:
+    """What a plan says of a table beside its name and where it lies, as the model has it."""
+    return {
+        "module": collection.path,
+        "feature_names": tuple(table.config.feature_names),
+        "num_embeddings": table.config.num_embeddings,
+        "embedding_dim": table.config.embedding_dim,
+        "dtype": table.dtype,
+        "pooling": table.pooling,
+        "is_weighted": table.is_weighted,
+        "trainable": table.trainable,
+        "optimizer": table.optimizer.__name__ if table.trainable else "none",
+    }
+
+
+def _planned(table: TablePlacement) -> dict[str, Any]:
+    """The same, as the plan has it."""
+    own = {"table", "layout", "chosen_by", "shards"}
+    return {name: value for name, value in vars(table).items() if name not in own}

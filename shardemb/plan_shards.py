@@ -1,0 +1,113 @@
+"""From a layout to the shards of a table with their bytes, and back."""
+
+import functools
+from typing import get_args
+
+from shardemb.cluster import Cluster
+from shardemb.config import BYTES_OF
+from shardemb.geometry import blocks_of
+from shardemb.layouts import (
+    LAYOUTS,
+    ColumnWise,
+    GridShard,
+    Layout,
+    TableColumnWise,
+    TableRowWise,
+    TableWise,
+)
+from shardemb.optim import RowWiseAdagrad, SparseOptimizer
+from shardemb.placement import Shard, TablePlacement
+
+OPTIMIZERS: dict[str, type[SparseOptimizer] | None] = {
+    "none": None,
+    **{kind.__name__: kind for kind in get_args(SparseOptimizer)},
+}
+"""By the names that a plan has for them; a table that is not trained has none."""
+
+
+@functools.lru_cache(maxsize=1024)
+def shards_of(
+    layout: Layout,
+    shape: tuple[int, int],
+    *,
+    ranks: tuple[int, int],
+    dtype: str,
+    optimizer: str,
+) -> tuple[Shard, ...]:
+    """The shards of a table; tables of one kind share them.
+
+    Args:
+        layout: How it lies; its ranks or nodes are given.
+        shape: Rows and columns of the table.
+        ranks: Number of ranks, and of ranks on each node.
+        dtype: Of its rows.
+        optimizer: Name of its sparse optimizer, or "none".
+
+    Returns:
+        The blocks of `geometry.blocks_of` with their bytes.
+
+    Example:
+        >>> from shardemb import layouts
+        >>> kind = {"dtype": "float16", "optimizer": "RowWiseAdagrad"}
+        >>> one, two = shards_of(layouts.row_wise(), (10, 8), ranks=(2, 2), **kind)
+        >>> two.first_row, two.weight_bytes, two.optimizer_bytes
+        (5, 80, 20)
+    """
+    world_size, local_world_size = ranks
+    kind = OPTIMIZERS[optimizer]
+    return tuple(
+        Shard(
+            **block._asdict(),
+            weight_bytes=block.num_rows * block.num_columns * BYTES_OF[dtype],
+            optimizer_bytes=kind.state_bytes(block.num_rows, block.num_columns) if kind else 0,
+        )
+        for block in blocks_of(
+            layout, shape, world_size=world_size, local_world_size=local_world_size
+        )
+    )
+
+
+def layout_of(table: TablePlacement, cluster: Cluster) -> Layout | None:
+    """The layout that gives a table its shards.
+
+    Args:
+        table: The table and its shards.
+        cluster: The ranks.
+
+    Returns:
+        The layout with its ranks or nodes, or None if no layout of that name has these shards.
+    """
+    kind = LAYOUTS[table.layout]
+    of_shards = [shard.rank for shard in table.shards]
+    of_nodes = tuple(dict.fromkeys(rank // cluster.ranks_per_node for rank in of_shards))
+    slices = {shard.first_column for shard in table.shards}
+    # plan_sharding plans this only for those who asked for it
+    per_slice = table.optimizer == RowWiseAdagrad.__name__ and len(slices) > 1
+    layout: Layout
+    try:
+        if kind is TableWise:
+            layout = TableWise(rank=of_shards[0])
+        elif kind is TableRowWise:
+            layout = TableRowWise(node=of_nodes[0])
+        elif kind is ColumnWise:
+            layout = ColumnWise(ranks=tuple(of_shards), accumulator_per_slice=per_slice)
+        elif kind is TableColumnWise:
+            layout = TableColumnWise(ranks=tuple(of_shards), accumulator_per_slice=per_slice)
+        elif kind is GridShard:
+            layout = GridShard(nodes=of_nodes, accumulator_per_slice=per_slice)
+        else:
+            layout = kind()
+    except (ValueError, IndexError):  # a rank twice, or no shards
+        return None
+    return layout if shards_like(table, layout, cluster) == table.shards else None
+
+
+def shards_like(table: TablePlacement, layout: Layout, cluster: Cluster) -> tuple[Shard, ...]:
+    """The shards that a table would have under a layout, with its ranks or nodes given."""
+    return shards_of(
+        layout,
+        (table.num_embeddings, table.embedding_dim),
+        ranks=(cluster.world_size, cluster.ranks_per_node),
+        dtype=table.dtype,
+        optimizer=table.optimizer,
+    )
