@@ -89,7 +89,8 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     rated = num_shards <= MOST_SHARDS_TO_RATE
     return asdict(case) | {
         "seconds": sorted(seconds),
-        "peak_mib": (peak - before) / 1024,
+        "added_mib": (peak - before) / 1024,
+        "peak_mib": peak / 1024,
         "num_shards": num_shards,
         "busiest_rank_ms": rated_ms(model, cluster, workload, placed) if rated else None,
         "most_over_mean_bytes": max(num_bytes) * len(num_bytes) / sum(num_bytes)
@@ -154,6 +155,7 @@ def report(measured: dict[str, Any]) -> str:
             result["planner"],
             f"{median(times):.2f}" if (times := result["seconds"]) else limit,
             f"{times[0]:.2f}-{times[-1]:.2f}" if len(times) > 1 else "",
+            f"{result['added_mib']:.0f}" if times else "",
             f"{result['peak_mib']:.0f}" if times else "",
             f"{result['num_shards']:,}" if times else "",
             f"{ms:.3g}" if (ms := result.get("busiest_rank_ms")) else "",
@@ -161,9 +163,12 @@ def report(measured: dict[str, Any]) -> str:
         )
         for result in measured["results"]
     ]
-    header = ("tables", "ranks", "", "s", "least-most", "MiB", "shards", "busiest ms", "most/mean")
+    header = (
+        *("tables", "ranks", "", "s", "least-most", "MiB", "in all", "shards"),
+        *("busiest ms", "most/mean"),
+    )
     machine = "\n".join(f"- {name}: {value}" for name, value in measured["machine"].items())
-    table = format_table(header, rows, right=(0, 1, 3, 4, 5, 6, 7, 8))
+    table = format_table(header, rows, right=(0, 1, 3, 4, 5, 6, 7, 8, 9))
     return f"""# What a plan takes: time, memory, and how good it is
 
 {machine}
@@ -172,11 +177,12 @@ def report(measured: dict[str, Any]) -> str:
 - shardemb: {measured["repeats"]} plans in one process; TorchRec: one, ended after
   {measured["torchrec_limit_s"]:.0f} s, and not tried on anything larger after that
 
-"MiB" is what planning adds to the peak of the process. "busiest ms" is TorchRec's own estimate of
-every shard, added up for the busiest rank, where there are not more than {MOST_SHARDS_TO_RATE:,}
-shards: the less the better. "most/mean" is bytes of tables on the fullest rank over the mean: time
-is balanced, memory only kept within its limit. TorchRec may choose among the same layouts, and
-splits columns into slices of 128 only.
+"MiB" is what planning adds to the peak of the process, "in all" that peak, with torch and TorchRec
+loaded. "busiest ms" is TorchRec's own estimate of every shard, added up for the busiest rank, where
+there are not more than {MOST_SHARDS_TO_RATE:,} shards: the less the better; it cannot be compared
+where layouts are named. "most/mean" is bytes of tables on the fullest rank over the mean: time is
+balanced, memory only kept within its limit. TorchRec may choose among the same layouts, and splits
+columns into slices of 128 only.
 
 ```
 {table}

@@ -160,4 +160,5 @@ def _fits(problem: Problem) -> bool:
 
 
 def _tables(names: tuple[str, ...]) -> str:
-    return f"table{'s' * (len(names) > 1)} {', '.join(map(repr, names))}"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"table{'s' * (len(names) > 1)} {', '.join(map(repr, names[:5]))}{more}"
