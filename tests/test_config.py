@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import pytest
 
-from shardemb import TableConfig, optim
+from shardemb import EmbeddingBagCollection, EmbeddingCollection, TableConfig, optim
 from shardemb.config import check_tables
 
 GOOD: dict[str, Any] = {
@@ -29,6 +29,9 @@ GOOD: dict[str, Any] = {
         ({"feature_names": ()}, "feature_names must hold at least one name"),
         ({"feature_names": ("a", "a")}, "feature_names names a feature twice"),
         ({"pooling": "max"}, "pooling must be 'sum' or 'mean', got 'max'"),
+        ({"dtype": "float64"}, "dtype must be 'float32' or 'float16', got 'float64'"),
+        ({"trainable": None}, "trainable must be True or False, got None"),
+        ({"out_of_range": "mod"}, "'raise', 'drop', 'clamp', 'hash' or 'oov_row', got 'mod'"),
         ({"optimizer": "adagrad"}, "optimizer must be one of shardemb.optim"),
         ({"init": 0.5}, "init must be one of shardemb.init"),
     ],
@@ -75,3 +78,9 @@ def test_a_bad_optimizer_is_refused_by_name(make: Any, text: str) -> None:
 def test_an_option_that_no_kernel_honours_does_not_exist() -> None:
     with pytest.raises(TypeError, match="weight_decay"):
         optim.SGD(lr=0.1, weight_decay=0.01)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("make", [EmbeddingBagCollection, EmbeddingCollection])
+def test_a_name_that_torch_keeps_for_itself_is_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match=r"table 'half': torch's modules .*, such as 'half_table'"):
+        make([TableConfig(**GOOD | {"name": "half"})])

@@ -128,3 +128,17 @@ def test_it_says_so_where_no_single_change_would_fit() -> None:
         "no single change of a layout, the ranks, a dtype or the headroom would fit"
     )
     assert changes == []
+
+
+def test_a_step_that_may_not_fit_beside_the_tables_is_said_in_the_plan() -> None:
+    model = model_of({"big": 3_000_000})
+    named: dict[str, Layout] = {"big": layouts.table_wise(rank=1)}
+    roomy = se.plan_sharding(model, CLUSTER, named, workload=se.Workload(batch_size=1000))
+    assert "careful" not in str(roomy)
+    full = se.plan_sharding(model, CLUSTER, named, workload=se.Workload(batch_size=500_000))
+    assert re.search(
+        r"careful: rank 1 may run out of memory. Beside 744 MiB of tables and optimizer state a "
+        r"step takes up to 755 MiB, most of it for table 'big', and there are 1\.00 GiB",
+        str(full),
+    )
+    assert "careful: rank 1 may run out of memory" in full.to_html()

@@ -22,7 +22,15 @@ def shared_fields(table: TableConfig, seed: int) -> dict[str, Any]:
 
     Returns:
         Names and values.
+
+    Raises:
+        ValueError: Torch keeps no module under the table's name.
     """
+    if hasattr(nn.ModuleDict(), table.name):
+        raise ValueError(
+            f"table {table.name!r}: torch's modules have an attribute of that name, and keep no "
+            f"table under it; use another, such as '{table.name}_table'"
+        )
     return {
         "name": table.name,
         "num_embeddings": table.num_embeddings,

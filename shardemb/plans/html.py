@@ -21,7 +21,7 @@ from shardemb.plans.cells import (
 )
 from shardemb.plans.costs import Floats, PlanCosts, costs_of, imbalance
 from shardemb.plans.svg_bars import Bars, axis_svg, bars_svg, chart_width
-from shardemb.plans.text import describe_plan
+from shardemb.plans.text import describe_plan, memory_warning
 from shardemb.text import format_bytes
 
 _COLOURS = (
@@ -93,6 +93,7 @@ def plan_to_html(plan: ShardingPlan) -> str:
     body = [
         f"<h1>Sharding {escape(title)}</h1>",
         *(f"<p>{escape(line)}</p>" for line in more),
+        f"<p>{escape(memory_warning(plan, costs))}</p>",
         _legend(groups),
         '<div class="charts">',
         *_charts(plan, costs, groups),

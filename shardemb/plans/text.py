@@ -43,6 +43,7 @@ def plan_to_text(plan: ShardingPlan) -> str:
         _tables_in_short(plan, costs),
         _ranks_in_short(plan, costs),
         str(balance_cells(costs)),
+        memory_warning(plan, costs),
     ]
     if plan.workload.profile is not None:
         parts.append(_skews_in_short(plan, costs))
@@ -76,6 +77,37 @@ def describe_plan(plan: ShardingPlan) -> str:
     count = f"{len(plan.tables):,} table{'s' * (len(plan.tables) != 1)}"
     lines.append(", ".join([count, *shared]) + "; activations, sent and lookups are of one step")
     return "\n".join(lines)
+
+
+def memory_warning(plan: ShardingPlan, costs: PlanCosts) -> str:
+    """Says where a step may not fit beside the tables; the planner counts only the tables.
+
+    Args:
+        plan: The plan.
+        costs: Of the plan.
+
+    Returns:
+        A sentence, empty if there is nothing to say.
+    """
+    activations_W = costs.activation_bytes_TW.sum(0)
+    fullest = int((costs.memory_W + activations_W).argmax())
+    if costs.memory_W[fullest] + activations_W[fullest] <= plan.cluster.memory_bytes:
+        return ""
+    most = int(costs.activation_bytes_TW[:, fullest].argmax())
+    held, passing, there = (
+        format_bytes(number)
+        for number in (
+            costs.memory_W[fullest],
+            activations_W[fullest],
+            plan.cluster.memory_bytes,
+        )
+    )
+    return (
+        f"careful: rank {fullest} may run out of memory. Beside {held} of tables and optimizer "
+        f"state a step takes up to {passing}, most of it for table {plan.tables[most].table!r}, "
+        f"and there are {there}. Use fewer samples a rank, more ranks, or layouts with fewer "
+        "activations."
+    )
 
 
 def describe_ranks(cluster: Cluster) -> str:
