@@ -26,6 +26,8 @@ from shardemb.outputs import (
 from shardemb.placement import ShardingPlan
 from shardemb.planning.planner import make_sharders
 from shardemb.planning.torchrec_plan import torchrec_plan
+from shardemb.plans.file import plan_to_file_text
+from shardemb.plans.fit import check_fits
 from shardemb.rows import Origin, left_unfilled, origin_of, set_rows
 
 
@@ -120,30 +122,15 @@ def _checked(
         RunError: The ranks differ, or another rank's is refused.
     """
     with all_or_none(env, "sharding the model"):
-        if (plan.world_size, plan.num_nodes) != (env.world_size, env.num_nodes):
-            raise ValueError(
-                f"the plan is for {plan.world_size} ranks on {plan.num_nodes} nodes, this run has "
-                f"{env.world_size} on {env.num_nodes}; plan again with this env"
-            )
         collections = find_collections(model)
+        check_fits(plan, collections, env, "the plan")
         tables = {
             name: table
             for collection in collections.values()
             for name, table in collection.tables.items()
         }
-        planned = {(t.table, t.module, t.num_embeddings, t.embedding_dim) for t in plan.tables}
-        found = {
-            (name, path, *table.weight.shape)
-            for path, collection in collections.items()
-            for name, table in collection.tables.items()
-        }
-        if planned != found:
-            differ = sorted({name for name, *_ in planned ^ found})
-            raise ValueError(
-                f"the plan and the model differ in tables {differ}; plan again for this model"
-            )
         origins = {name: origin_of(table) for name, table in tables.items()}
-        said = [plan.to_json(), repr(origins), *map(_declared, tables.values())]
+        said = [plan_to_file_text(plan), repr(origins), *map(_declared, tables.values())]
     digests = [""] * env.world_size
     dist.all_gather_object(digests, hashlib.sha256("\n".join(said).encode()).hexdigest())
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
@@ -157,8 +144,7 @@ def _checked(
 
 def _declared(table: Table) -> str:
     """What ranks must agree on of a table, beside what the plan says."""
-    options = table.optimizer_options if table.trainable else None
-    return repr((table.name, table.config.feature_names, table.pooling, table.dtype, options))
+    return repr((table.name, table.optimizer_options if table.trainable else None))
 
 
 def _give_frozen_tables_an_optimizer(collections: dict[str, Collection]) -> None:

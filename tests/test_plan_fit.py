@@ -25,10 +25,10 @@ def path(tmp_path: Path) -> Path:
 
 def refused(path: Path, made: Any, where: se.Env | se.Cluster = ENV) -> list[str]:
     """The reasons for which a plan is refused."""
-    with pytest.raises(ValueError, match="no longer fits") as error:
+    with pytest.raises(ValueError, match="does not fit") as error:
         se.load_plan(path, made, where)
     first, *reasons, last = str(error.value).splitlines()
-    assert first == f"the plan in {path} no longer fits:"
+    assert first == f"the plan in {path} does not fit:"
     assert last == "plan again, or change back what changed"
     return [reason.strip() for reason in reasons]
 

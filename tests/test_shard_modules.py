@@ -154,12 +154,10 @@ def test_a_learning_rate_reaches_rows_and_dense_on_the_very_next_step(env: Env) 
 @spmd(world_size=2)
 def test_what_cannot_be_sharded_is_refused_on_every_rank(env: Env) -> None:
     model = Sum(se.EmbeddingBagCollection(make_tables(optim.SGD(lr=0.1))))
-    with pytest.raises(
-        ValueError, match="the plan is for 1 ranks on 1 nodes, this run has 2 on 1; plan again"
-    ):
+    with pytest.raises(ValueError, match="it is for 1 rank on 1 node, there are 2 ranks on 1 node"):
         se.shard_modules(model, se.plan_sharding(model, Env()), env)
     other = Sum(se.EmbeddingBagCollection(make_tables(optim.SGD(lr=0.1))[:2]))
-    with pytest.raises(ValueError, match=r"differ in tables \['wide'\]"):
+    with pytest.raises(ValueError, match="table 'wide' is in the model, and not in the plan"):
         se.shard_modules(model, se.plan_sharding(other, env), env)
     hand_made = Env(rank=env.rank, world_size=2)
     mine = se.plan_sharding(model, hand_made, {"user": layouts.table_wise(rank=env.rank)})
@@ -177,7 +175,7 @@ def test_what_cannot_be_sharded_is_refused_on_every_rank(env: Env) -> None:
     if env.rank == 1:
         mine = se.plan_sharding(model, Env())
     expected = ValueError if env.rank == 1 else RuntimeError
-    with pytest.raises(expected, match="the plan is for 1 ranks"):
+    with pytest.raises(expected, match="it is for 1 rank on 1 node"):
         se.shard_modules(model, mine, env)
 
 

@@ -1,6 +1,7 @@
 """Whether a plan of a file still fits: the model's tables, the ranks and their memory."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,35 +67,41 @@ def _load(path: str | Path, model: nn.Module, where: Env | Cluster) -> ShardingP
         ValueError: It is damaged or does not fit.
     """
     plan = read_plan(path)
-    changes = changes_since(plan, model, where)
+    check_fits(plan, find_collections(model), where, f"the plan in {path}")
+    return plan
+
+
+def check_fits(
+    plan: ShardingPlan, collections: Mapping[str, Collection], where: Env | Cluster, what: str
+) -> None:
+    """Refuses a plan that does not fit a model and ranks.
+
+    Args:
+        plan: The plan.
+        collections: The model's, of `find_collections`.
+        where: The ranks.
+        what: What to call the plan.
+
+    Raises:
+        ValueError: It does not fit; the message lists what differs.
+    """
+    changes = _changes_since(plan, collections, where)
     if not changes:
-        return plan
+        return
     shown = [f"  {change}" for change in changes[:_SHOWN]]
     if len(changes) > _SHOWN:
         shown.append(f"  and {len(changes) - _SHOWN} more")
     lines = "\n".join(shown)
-    raise ValueError(
-        f"the plan in {path} no longer fits:\n{lines}\nplan again, or change back what changed"
-    )
+    raise ValueError(f"{what} does not fit:\n{lines}\nplan again, or change back what changed")
 
 
-def changes_since(plan: ShardingPlan, model: nn.Module, where: Env | Cluster) -> list[str]:
-    """Why a plan does not fit a model and ranks.
-
-    Args:
-        plan: The plan.
-        model: The model.
-        where: The ranks.
-
-    Returns:
-        A line for each reason; none if it fits.
-
-    Raises:
-        ValueError: The model has no collection, or one that is not supported.
-    """
+def _changes_since(
+    plan: ShardingPlan, collections: Mapping[str, Collection], where: Env | Cluster
+) -> list[str]:
+    """A line for each reason why a plan does not fit."""
     found = {
         name: (collection, table)
-        for collection in find_collections(model).values()
+        for collection in collections.values()
         for name, table in collection.tables.items()
     }
     changes = [
@@ -166,7 +173,8 @@ def _changes_of_table(
     if changes:
         return changes
     layout = layout_of(placed, cluster)
-    assert layout is not None  # of a file
+    if layout is None:
+        return [f"table {placed.table!r}: its shards are those of no layout"]
     reason = why_not(
         table,
         layout,
