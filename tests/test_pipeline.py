@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from shardemb.data.clicks import CATEGORY_NAMES
 from shardemb.data.generated import write_click_log
 from shardemb.env import Env
 from shardemb.errors import OtherRankError, RunError
+from shardemb.layouts import Layout
 from shardemb.pipeline import num_samples_of
 from shardemb.recipes.dlrm import Config, build_layouts, build_model
 from tests.spmd import run_ranks, spmd
@@ -313,3 +315,33 @@ list(pipeline.run([se.keyed_jagged_tensor({"t": [[1]]}, [table])], 1))
     )
     assert done.returncode == 1
     assert "rank 1 cannot add" in done.stderr
+
+
+class Both(nn.Module):
+    """The same feature in a plain and in a weighted collection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = se.EmbeddingBagCollection([TABLE])
+        self.weighted = se.EmbeddingBagCollection([replace(TABLE, name="w")], is_weighted=True)
+
+    def forward(self, batch: dict[str, KeyedJaggedTensor]) -> torch.Tensor:
+        both_BD = self.plain(batch["plain"]).values() + self.weighted(batch["weighted"]).values()
+        loss: torch.Tensor = both_BD.square().sum(1).mean()
+        return loss
+
+
+@spmd(world_size=2)
+def test_plain_and_weighted_batches_of_one_feature_reach_their_collections(env: Env) -> None:
+    model = Both()
+    where: dict[str, Layout] = {"t": layouts.row_wise(), "w": layouts.table_wise(rank=0)}
+    sharded = se.shard_modules(model, se.plan_sharding(model, env, where), env)
+    pipeline = se.TrainPipeline(sharded, se.build_optimizer(sharded), env)
+    ids = [[1, 2], [3]]
+    weighted = se.keyed_jagged_tensor({"t": ids}, [TABLE], weights={"t": [[1.0, -1.0], [0.5]]})
+    batch = {"plain": se.keyed_jagged_tensor({"t": ids}, [TABLE]), "weighted": weighted}
+    losses = [float(loss) for _, loss in pipeline.run([batch] * 3, 3)]
+    assert losses[2] < losses[0]
+    swapped = {"plain": batch["weighted"], "weighted": batch["plain"]}
+    with pytest.raises(ValueError, match="the batch has weights, and the tables do not use them"):
+        sharded(swapped)
