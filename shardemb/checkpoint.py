@@ -212,7 +212,7 @@ def _parameter_groups(
         if isinstance(part, CombinedOptimizer):
             groups += _parameter_groups(part, f"{prefix}{key}.")
             continue
-        name_of = {
+        name_of = {  # TorchRec's keys of a part may be empty
             id(tensor): ".".join(filter(None, f"{prefix}{key}.{name}".split(".")))
             for name, tensor in part.params.items()
         }

@@ -165,7 +165,7 @@ def _hide_deprecations() -> None:
 
 
 def _is_not_of_caching(record: logging.LogRecord) -> bool:
-    """Whether a warning is another than that replicated tables, which nobody caches, are not."""
+    """Whether a record is other than that replicated tables cannot be cached, which is no news."""
     return "caching params will be ignored" not in record.getMessage()
 
 
