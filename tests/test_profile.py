@@ -20,6 +20,7 @@ from shardemb.data.click_log_profile import profile_click_log
 from shardemb.data.id_hash import hash_ids
 from shardemb.data.profile import FeatureProfile
 from shardemb.data.profile_file import describe_profile
+from shardemb.traffic import traffic_of
 from tests.criteo_lines import line
 
 REAL = Path(__file__).parents[2] / "shared/data/criteo-small"
@@ -168,7 +169,26 @@ def test_weighted_batches_and_features_of_two_tables_are_counted() -> None:
     ]
     batch = se.keyed_jagged_tensor({"x": [[6, 6], []]}, shared, weights={"x": [[1, 2], []]})
     profile = se.profile_batches([batch], shared).features["x"]
-    assert (profile.num_embeddings, profile.hot_rows) == (9, {6: 2})
+    assert (profile.num_embeddings, profile.hot_rows) == (7, {6: 2})
+
+
+def test_a_feature_of_a_small_and_a_large_table_is_counted_so_that_a_plan_can_use_it() -> None:
+    sizes = {"large": 1_000_000, "small": 200}
+    shared = [
+        se.TableConfig(name=name, num_embeddings=n, embedding_dim=4, feature_names=("x",))
+        for name, n in sizes.items()
+    ]
+    batch = se.keyed_jagged_tensor({"x": [[row] * 2 for row in range(200)]}, shared)
+    profile = se.profile_batches([batch], shared)
+    assert profile.features["x"].num_embeddings == 200
+    plan = se.plan_sharding(
+        se.EmbeddingBagCollection(shared),
+        se.Env(world_size=2),
+        {name: se.layouts.row_wise() for name in sizes},
+        workload=se.Workload(batch_size=50, profile=profile),
+    )
+    # all ids lie in the first half of the large table's rows, and in both halves of the small one's
+    assert traffic_of(plan).lookups_TW.tolist() == [[200, 0], [100, 100]]
 
 
 def test_batches_that_do_not_fit_the_tables_are_refused() -> None:
