@@ -94,11 +94,8 @@ def shard_modules(
             set_rows(state[f"{prefix}.{name}.weight"], origins[name], env)
             if name in replicated:
                 mark_replicated(module.get_parameter(f"{prefix}.{name}.weight"), *replicated[name])
-        limits = limits_of(
-            [table.config for table in collection.tables.values()],
-            is_weighted=collection.is_weighted,
-        )
-        guard = GuardedForward(limits, check_ids=check_ids)
+        limits = limits_of(table.config for table in collection.tables.values())
+        guard = GuardedForward(limits, is_weighted=collection.is_weighted, check_ids=check_ids)
         module.register_forward_pre_hook(guard, with_kwargs=True)
         outputs = outputs_of(collection, layout_of)
         if not collection.is_pooled:

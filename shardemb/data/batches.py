@@ -77,7 +77,8 @@ class Batcher:
         padding: What pads a padded array.
 
     Raises:
-        ValueError: Two tables of one feature contradict each other.
+        ValueError: There are no tables, two tables of one feature contradict each other, or
+            `padding` is no integer.
 
     Example:
         >>> table = TableConfig(
@@ -133,7 +134,7 @@ class _Maker:
         self.policies = policies_of(tables)
         self._padding = padding
         self._guards = {
-            is_weighted: IdGuard(limits_of(tables, is_weighted=is_weighted))
+            is_weighted: IdGuard(limits_of(tables), is_weighted=is_weighted)
             for is_weighted in (False, True)
         }
 
@@ -160,25 +161,17 @@ class _Maker:
         return batch, lookups
 
 
-def limits_of(
-    tables: Iterable[TableConfig | BaseEmbeddingConfig], *, is_weighted: bool = False
-) -> list[FeatureLimit]:
+def limits_of(tables: Iterable[TableConfig | BaseEmbeddingConfig]) -> list[FeatureLimit]:
     """The limits that tables, ours or TorchRec's, set to the ids of their features.
 
     Args:
         tables: The tables of a collection.
-        is_weighted: Whether their ids carry weights.
 
     Returns:
         One for each pair of feature and table.
     """
     return [
-        FeatureLimit(
-            feature=feature,
-            table=table.name,
-            num_embeddings=table.num_embeddings,
-            is_weighted=is_weighted,
-        )
+        FeatureLimit(feature=feature, table=table.name, num_embeddings=table.num_embeddings)
         for table in tables
         for feature in table.feature_names
     ]

@@ -51,10 +51,9 @@ class IdCounts:
     def __init__(self, policies: Mapping[str, OutOfRange]) -> None:
         self._policies = dict(policies)
         self._place = {feature: at for at, feature in enumerate(policies)}
-        self._lock = get_context(
-            "spawn"
-        ).Lock()  # one of fork's cannot be given to a spawned process
-        self._counts_F2 = torch.zeros(len(policies), 2, dtype=torch.int64).share_memory_()
+        self._lock = get_context("spawn").Lock()  # fork's cannot be given to spawned processes
+        self._counts_F2 = torch.zeros(len(policies), 2, dtype=torch.int64)
+        self._counts_F2.share_memory_()
         self._forgotten_F2 = torch.zeros(len(policies), 2, dtype=torch.int64)
 
     def add(self, counts: Mapping[str, tuple[int, int]]) -> None:

@@ -52,7 +52,7 @@ def profile_batches(
         >>> profile_batches([batch], [table]).features["x"].hot_rows
         {3: 2, 8: 1}
     """
-    guards = [IdGuard(limits_of(tables, is_weighted=weighted)) for weighted in (False, True)]
+    guards = [IdGuard(limits_of(tables), is_weighted=weighted) for weighted in (False, True)]
     rows_of: dict[str, int] = {}
     for table in tables:
         for feature in table.feature_names:
