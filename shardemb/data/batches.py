@@ -2,7 +2,6 @@
 
 # B samples, N ids
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from shardemb.data.bags import read_ids, read_weights
 from shardemb.data.id_counts import IdCounts
 from shardemb.data.id_guard import FeatureLimit, IdGuard
 from shardemb.data.id_policies import IdPolicy, Lookups, apply_policy, policies_of
+from shardemb.text import did_you_mean
 
 PADDING = -1
 
@@ -208,8 +208,8 @@ def _check_names(
 
 
 def _meant(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(names), n=1)
-    return f"did you mean {close[0]!r}? Else " if close else ""
+    question = did_you_mean(name, names)
+    return question and f"{question} Else "
 
 
 def _check_sizes(features: Mapping[str, Any], lookups: Mapping[str, Lookups]) -> None:
