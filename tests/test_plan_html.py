@@ -119,7 +119,9 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
         se.Env(world_size=2),
         {t: layouts.row_wise() for t in (name.replace(".", "_"), "b")},
     )
+    (tmp_path / "plan.html").write_text("old")
     plan.save_html(tmp_path / "plan.html")
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.html"]
     page = (tmp_path / "plan.html").read_text(encoding="utf-8")
     assert page == plan.to_html()
     assert "<script" not in page
