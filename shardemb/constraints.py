@@ -1,6 +1,5 @@
 """What a plan must keep to beside named layouts, and whether the wishes contradict each other."""
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +8,7 @@ from shardemb.layouts import LAYOUTS, DataParallel, Layout
 from shardemb.modules.discovery import Table
 from shardemb.planning.geometry import may_lie_on, places_of
 from shardemb.planning.layout_rules import why_not
+from shardemb.text import some_names
 
 DEFAULT_HEADROOM = 0.15
 
@@ -271,19 +271,6 @@ def _check_group(
             f"{who}, and the ranks that all of them may lie on, {sorted(ranks) or 'none'}, do not "
             f"hold {' or '.join(sorted(map(str, layouts)))}; allow them the same ranks"
         )
-
-
-def some_names(names: Iterable[str], like: str) -> str:
-    """A few names, and the one that may have been meant.
-
-    Example:
-        >>> some_names(["user", "item"], "usr")
-        "user, item; did you mean 'user'?"
-    """
-    names = list(names)
-    close = difflib.get_close_matches(like, names, n=1)
-    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    return shown + (f"; did you mean {close[0]!r}?" if close else "")
 
 
 def _tuple(values: Any, what: str, *, may_be_empty: bool = False) -> tuple[Any, ...]:

@@ -1,10 +1,11 @@
-"""A sharding plan as a value. Made in `plan.py`; its text, file and page are in `plan_*.py`."""
+"""A sharding plan as a value. Made in `plan.py`; its text, file and page are of `plans/`."""
 
 import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardemb.cluster import Cluster
+from shardemb.files import write_whole
 from shardemb.workload import Workload
 
 
@@ -132,7 +133,8 @@ class ShardingPlan:
             over the mean. `load_plan` reads it too, and recomputes what follows.
 
         Raises:
-            ValueError: The shards of a table are not blocks of it.
+            ValueError: The shards of a table are not blocks of it, or the profile of the workload
+                has ids that a table does not have.
         """
         from shardemb.plans.file import plan_to_json
 
@@ -143,6 +145,9 @@ class ShardingPlan:
 
         Returns:
             One HTML document that needs no other file and no network.
+
+        Raises:
+            ValueError: The profile of the workload has ids that a table does not have.
         """
         from shardemb.plans.html import plan_to_html
 
@@ -152,12 +157,13 @@ class ShardingPlan:
         """Writes `to_html` to a file.
 
         Args:
-            path: The file; one that is there is replaced.
+            path: The file; one that is there is replaced in one move.
 
         Raises:
+            ValueError: The profile of the workload has ids that a table does not have.
             OSError: The file cannot be written.
         """
-        Path(path).write_text(self.to_html(), encoding="utf-8")
+        write_whole(path, self.to_html())
 
     def __str__(self) -> str:
         from shardemb.plans.text import plan_to_text

@@ -88,11 +88,8 @@ def shard_modules(
     for path, collection in collections.items():
         module = sharded.module.get_submodule(path)
         _fill(module, collection, origins, replicated, env)
-        limits = limits_of(
-            [table.config for table in collection.tables.values()],
-            is_weighted=collection.is_weighted,
-        )
-        guard = GuardedForward(limits, check_ids=check_ids)
+        limits = limits_of(table.config for table in collection.tables.values())
+        guard = GuardedForward(limits, is_weighted=collection.is_weighted, check_ids=check_ids)
         module.register_forward_pre_hook(guard, with_kwargs=True)
         outputs = outputs_of(collection, layout_of)
         if collection.is_pooled:

@@ -1,6 +1,7 @@
 """Numbers and tables for people to read."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -32,6 +33,30 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Asks for the name that may have been meant, if one of them is like it.
+
+    Example:
+        >>> did_you_mean("usr", ["user", "item"]), did_you_mean("shop", ["user", "item"])
+        ("did you mean 'user'?", '')
+    """
+    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def some_names(names: Iterable[str], like: str) -> str:
+    """A few names, and the one that may have been meant.
+
+    Example:
+        >>> some_names(["user", "item"], "usr")
+        "'user', 'item'; did you mean 'user'?"
+    """
+    names = list(names)
+    shown = ", ".join(map(repr, names[:10]))
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"{shown}{more}; {did_you_mean(like, names) or 'use one of these'}"
 
 
 def format_table(

@@ -113,7 +113,10 @@ def typed_value(kind: Any, value: Any, where: str) -> Any:
     if outer is tuple and isinstance(value, list):
         return tuple(typed_value(inner[0], item, where) for item in value)
     if outer is Mapping and isinstance(value, dict):
-        return {_key(inner[0], k, where): typed_value(inner[1], v, where) for k, v in value.items()}
+        return {
+            _key(inner[0], k, where): typed_value(inner[1], v, f"{where} {k!r}")
+            for k, v in value.items()
+        }
     if is_dataclass(kind) and isinstance(kind, type):
         return make_typed(kind, value, where)
     if type(value) is kind or (kind is float and type(value) is int):

@@ -160,6 +160,8 @@ def test_padding_is_what_it_is_said_to_be() -> None:
     assert batch["item_id"].values().tolist() == [0, 4]
     wide = se.keyed_jagged_tensor({"x": np.array([[3, 4]], dtype=np.uint8)}, ONE, padding=-7)
     assert wide.values().tolist() == [3, 4]
+    with pytest.raises(ValueError, match=r"padding must be an integer, got 0\.5"):
+        se.Batcher(TABLES, padding=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="padding must be an integer, got None"):
         se.keyed_jagged_tensor(bags, TABLES, padding=None)  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ from shardemb.data.guarded_forward import CheckedBatch
 from shardemb.data.id_guard import FeatureLimit, IdGuard
 
 GUARD = IdGuard([FeatureLimit(feature="x", table="t", num_embeddings=5)])
-WEIGHTED = IdGuard([FeatureLimit(feature="x", table="t", num_embeddings=5, is_weighted=True)])
+WEIGHTED = IdGuard([FeatureLimit(feature="x", table="t", num_embeddings=5)], is_weighted=True)
 
 
 def batch_of(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from hashlib import blake2b
+from multiprocessing import get_context
 from typing import Any, get_args
 
 import numpy as np
@@ -237,6 +238,28 @@ def test_workers_of_a_data_loader_are_counted(method: str) -> None:
     batcher.counts.reset()
     batcher({"x": [[5]]})
     assert batcher.counts.of_this_rank()["x"].num_ids == 1
+
+
+@pytest.mark.distributed
+def test_a_process_waits_with_its_counts_until_no_other_adds() -> None:
+    """As workers of two DataLoaders must, or one would write over what the other adds."""
+    counts, context = IdCounts({"x": "drop"}), get_context("fork")
+    here = context.Event()
+
+    def add() -> None:
+        here.set()
+        counts.add({"x": (1, 0)})
+
+    process = context.Process(target=add)
+    with counts._lock:
+        process.start()
+        assert here.wait(60)
+        process.join(1)
+        assert process.is_alive()
+        assert counts.of_this_rank()["x"].num_ids == 0
+    process.join(60)
+    counts.add({"x": (1, 0)})
+    assert counts.of_this_rank()["x"].num_ids == 2
 
 
 @spmd(world_size=2)

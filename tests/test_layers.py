@@ -15,6 +15,7 @@ LAYERS = (
             "shardemb",
             "text",
             "errors",
+            "files",
             "env",
             "agree",
             "collectives",

@@ -76,7 +76,7 @@ def test_a_thousand_ranks_need_no_processes() -> None:
     [
         (
             {"usr": layouts.row_wise()},
-            "name table 'usr', the model has user, tiny; did you mean 'us",
+            "name table 'usr', the model has 'user', 'tiny'; did you mean 'us",
         ),
         ({"user": "row_wise"}, "table 'user': the layout must come from shardemb.layouts"),
         (

@@ -145,8 +145,8 @@ def test_a_damaged_file_is_refused(text: str, message: str, tmp_path: Path) -> N
         ("cluster", {"speed": 2}, "cluster has an unknown key 'speed'; known are name, num_nodes"),
         ("cluster", {"device": "tpu"}, 'cluster: device must be one of cpu, cuda, got "tpu"'),
         ("workload", {"batch_size": 0}, "workload: batch_size must be at least 1, got 0"),
-        ("workload", {"ids_per_sample": {"a": "b"}}, 'ids_per_sample must be a number, got "b"'),
-        ("profile", {"features": {"user_id": {}}}, "profile: features lacks the key 'num_embed"),
+        ("workload", {"ids_per_sample": {"a": "b"}}, "ids_per_sample 'a' must be a number, got"),
+        ("profile", {"features": {"user_id": {}}}, "features 'user_id' lacks the key 'num_emb"),
     ],
 )
 def test_a_damaged_section_is_refused(

@@ -13,6 +13,8 @@ import shardemb as se
 from shardemb import layouts, optim
 from shardemb.errors import OtherRankError
 from shardemb.layouts import Layout
+from shardemb.modules.discovery import find_collections
+from shardemb.plans.fit import check_fits
 from tests.plans import ENV, LAYOUTS, every_layout, model, table, tables
 from tests.spmd import spmd
 
@@ -38,6 +40,19 @@ def test_a_plan_that_fits_comes_back_equal(path: Path) -> None:
     assert se.load_plan(path, model(), ENV) == plan
     assert se.load_plan(str(path), model(), plan.cluster) == plan
     assert se.load_plan(path, model(), replace(plan.cluster, name="other", device="cuda")) == plan
+
+
+def test_shards_of_no_layout_are_refused_with_the_way_out() -> None:
+    plan = every_layout()
+    check_fits(plan, find_collections(model()), ENV, "the plan")
+    (at,) = (number for number, table in enumerate(plan.tables) if table.table == "user")
+    placed = plan.tables[at]
+    backwards = replace(placed, shards=placed.shards[::-1])
+    tables = (*plan.tables[:at], backwards, *plan.tables[at + 1 :])
+    with pytest.raises(
+        ValueError, match="'user': its shards are those of no layout; make the plan with plan_shar"
+    ):
+        check_fits(replace(plan, tables=tables), find_collections(model()), ENV, "the plan")
 
 
 @pytest.mark.parametrize(

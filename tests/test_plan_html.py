@@ -119,10 +119,14 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
         se.Env(world_size=2),
         {t: layouts.row_wise() for t in (name.replace(".", "_"), "b")},
     )
+    (tmp_path / "plan.html").write_text("old")
     plan.save_html(tmp_path / "plan.html")
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.html"]
     page = (tmp_path / "plan.html").read_text(encoding="utf-8")
     assert page == plan.to_html()
     assert "<script" not in page
+    assert "<p></p>" not in page
+    assert ", sizes of messages: " in page
     parser = _Page()
     parser.feed(page)
     assert parser.open == []
@@ -146,10 +150,13 @@ def test_the_memory_of_a_rank_is_drawn_where_it_is_near() -> None:
 
 
 def test_ticks_are_round_and_few() -> None:
-    for top in (0.5, 1, 7, 999, 1025, 1.5 * 2**30, 900 * 2**20, 80 * 2**30, 3 * 2**50):
+    giant = (1.24 * 2**30, 1.49 * 2**30, 1.5 * 2**30, 1.99 * 2**30, 2 * 2**30, 5.99 * 2**30)
+    for top in (0.5, 1, 1.99, 7, 999, 1025, *giant, 900 * 2**20, 80 * 2**30, 3 * 2**50):
         for is_binary in (False, True):
             found = ticks(top, is_binary=is_binary)
             assert found[0] == 0
-            assert 1 <= len(found) <= 9
+            assert 1 <= len(found) <= 6
             assert found[-1] <= top
+    assert ticks(1.49 * 2**20, is_binary=True) == [n * 2**18 for n in range(6)]
+    assert ticks(1.99 * 2**20, is_binary=True) == [n * 2**19 for n in range(4)]
     assert ticks(80 * 2**30, is_binary=True) == [n * 20 * 2**30 for n in range(5)]

@@ -20,6 +20,7 @@ from shardemb.data.click_log_profile import profile_click_log
 from shardemb.data.id_hash import hash_ids
 from shardemb.data.profile import FeatureProfile
 from shardemb.data.profile_file import describe_profile
+from shardemb.traffic import traffic_of
 from tests.criteo_lines import line
 
 REAL = Path(__file__).parents[2] / "shared/data/criteo-small"
@@ -168,7 +169,26 @@ def test_weighted_batches_and_features_of_two_tables_are_counted() -> None:
     ]
     batch = se.keyed_jagged_tensor({"x": [[6, 6], []]}, shared, weights={"x": [[1, 2], []]})
     profile = se.profile_batches([batch], shared).features["x"]
-    assert (profile.num_embeddings, profile.hot_rows) == (9, {6: 2})
+    assert (profile.num_embeddings, profile.hot_rows) == (7, {6: 2})
+
+
+def test_a_feature_of_a_small_and_a_large_table_is_counted_so_that_a_plan_can_use_it() -> None:
+    sizes = {"large": 1_000_000, "small": 200}
+    shared = [
+        se.TableConfig(name=name, num_embeddings=n, embedding_dim=4, feature_names=("x",))
+        for name, n in sizes.items()
+    ]
+    batch = se.keyed_jagged_tensor({"x": [[row] * 2 for row in range(200)]}, shared)
+    profile = se.profile_batches([batch], shared)
+    assert profile.features["x"].num_embeddings == 200
+    plan = se.plan_sharding(
+        se.EmbeddingBagCollection(shared),
+        se.Env(world_size=2),
+        {name: se.layouts.row_wise() for name in sizes},
+        workload=se.Workload(batch_size=50, profile=profile),
+    )
+    # all ids lie in the first half of the large table's rows, and in both halves of the small one's
+    assert traffic_of(plan).lookups_TW.tolist() == [[200, 0], [100, 100]]
 
 
 def test_batches_that_do_not_fit_the_tables_are_refused() -> None:
@@ -207,18 +227,33 @@ def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
             "profile .*profile.json cannot be used: .*; make it again with shardemb da",
         ),
         ('"format": 1', '"format": 2', "it is of format 2, and this version reads 1"),
-        ('"source"', '"sauce"', "it is not a profile"),
-        ('"num_ids": 12', '"num_ids": 13', "feature 'C1': num_ids must be what .* 12, got 13"),
-        ('"num_ids": 12', '"num_ids": "12"', "feature 'C1': counts must be integers, got '12'"),
-        ('"num_ids": 12', '"num_ids": 12.0', "feature 'C1': counts must be integers, got 12.0"),
-        ('"num_ids"', '"num_idz"', "feature 'C1' has not the fields of a profile, see 'num_ids'"),
-        ('"num_ids": 12, ', "", "feature 'C1' has not the fields of a profile, see 'num_ids'"),
-        ('"9": 4', '"99": 4', "feature 'C1': hot row 99 is outside"),
-        ('"9": 4', '"nine": 4', "feature 'C1': .*'nine'"),
-        ("[4, 0, 1]", "[4, 0, true]", "feature 'C1': counts must be integers, got True"),
-        ("[4, 0, 1]", "5", "feature 'C1': block_counts must be a list, and hot_rows an object"),
-        ("0.25", '"a"', "feature 'C1': hottest_percent_share must be a float or null, got 'a'"),
-        ("0.25", "NaN", "feature 'C1': hottest_percent_share must be between 0 and 1, got nan"),
+        ('"source"', '"sauce"', "the profile has an unknown key 'sauce'; known are source, feat"),
+        ('{"format": 1, ', "{", "it is not a profile"),
+        ('"source"', '"features": 1, "source"', "key 'features' is there twice"),
+        ('"num_ids": 12', '"num_ids": 13', "features 'C1': num_ids must be what .* 12, got 13"),
+        (
+            '"num_ids": 12',
+            '"num_ids": "12"',
+            "features 'C1': num_ids must be a whole number, got \"12\"",
+        ),
+        (
+            '"num_ids": 12',
+            '"num_ids": 12.0',
+            "features 'C1': num_ids must be a whole number, got 12.0",
+        ),
+        ('"num_ids"', '"num_idz"', "features 'C1' has an unknown key 'num_idz'; known are num_emb"),
+        ('"num_ids": 12, ', "", "features 'C1' lacks the key 'num_ids'"),
+        ('"9": 4', '"99": 4', "features 'C1': hot row 99 is outside"),
+        ('"9": 4', '"9": 4.5', "features 'C1': hot_rows '9' must be a whole number, got 4.5"),
+        ('"9": 4', '"nine": 4', "features 'C1': hot_rows: keys must be whole numbers, got 'nine'"),
+        (
+            "[4, 0, 1]",
+            "[4, 0, true]",
+            "features 'C1': block_counts must be a whole number, got true",
+        ),
+        ("[4, 0, 1]", "5", "features 'C1': block_counts must be a list, got 5"),
+        ("0.25", '"a"', "features 'C1': hottest_percent_share must be a number, got \"a\""),
+        ("0.25", "NaN", "features 'C1': hottest_percent_share must be between 0 and 1, got nan"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, old: str, new: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""`shardemb plan` and `plan diff`: options, and what to call. Holds no logic of its own."""
+"""`shardemb plan` and `plan diff`: options, the ranks that they name, and what to call."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # `diff` needs no torch
     from shardemb.cluster import Cluster
     from shardemb.env import Env
 
-_BATCH_SIZE, _RANKS_PER_NODE = 960, 2
+_RANKS_PER_NODE = 2
 
 
 def make(argv: Sequence[str], recipe: ModuleType) -> None:
@@ -20,7 +20,7 @@ def make(argv: Sequence[str], recipe: ModuleType) -> None:
 
     Args:
         argv: Options of the command and of the recipe.
-        recipe: Has `Config`, `build_model`, `build_plan` and `workload_of`.
+        recipe: Has `Config`, `build_model`, `build_plan`, `batch_size_to_plan` and `workload_of`.
 
     Raises:
         ValueError: An option is out of its range, or a file is damaged or does not fit.
@@ -43,8 +43,7 @@ def make(argv: Sequence[str], recipe: ModuleType) -> None:
 
         profile = load_profile(asked.profile)
     where = _where(asked)
-    # as many samples as the recipe takes by default, and as the ranks can share evenly
-    batch_size = config.batch_size or -(-_BATCH_SIZE // where.world_size) * where.world_size
+    batch_size = config.batch_size or recipe.batch_size_to_plan(where.world_size)
     workload = recipe.workload_of(batch_size, where.world_size, profile)
     plan = recipe.build_plan(config, recipe.build_model(config), where, workload)
     if asked.save:
@@ -114,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         help="number of ranks on all nodes (2 on each, and with --cluster 8)",
     )
     batches = parser.add_argument_group(
-        "the batches", "--batch-size, samples of a step on all ranks together, as in training (960)"
+        "the batches", "--batch-size, samples of a step on all ranks together, as in training"
     )
     batches.add_argument(
         "--profile",

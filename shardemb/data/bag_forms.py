@@ -87,8 +87,8 @@ def take_apart(data: Any, *, padding: int | None = None) -> Given:
     return _of_list(data) if isinstance(data, list) else _of_array(array_of(data), padding)
 
 
-def flat(data: Any) -> Given:
-    """Takes values of all bags one after another for one a sample.
+def take_flat(data: Any) -> Given:
+    """Takes values that are in no bags: a bag of one for each.
 
     Args:
         data: A list, array, tensor or Arrow column.
@@ -169,7 +169,7 @@ def _array_of_bag(sample: int, bag: Any) -> _Array:
 
 
 def _of_offsets(bags: Offsets) -> Given:
-    given, offsets = flat(bags.ids), array_of(bags.offsets)
+    given, offsets = take_flat(bags.ids), array_of(bags.offsets)
     if offsets.ndim != 1 or (offsets.dtype.kind not in "iu" and offsets.size):
         raise UnfitError(
             f"offsets must be integers [B], got {offsets.dtype} {list(offsets.shape)}; if these "

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from shardemb.data.bag_forms import Given, Offsets, flat, take_apart
+from shardemb.data.bag_forms import Given, Offsets, take_apart, take_flat
 from shardemb.data.bag_values import UnfitError, to_ids, to_weights
 
 _Lengths = npt.NDArray[np.int64]
@@ -89,7 +89,7 @@ def read_weights(feature: str, data: Any, bags: Bags) -> npt.NDArray[np.float32]
 
 def _take_weights_apart(data: Any, ids: Given) -> Given:
     if ids.has_offsets and not isinstance(data, (Offsets, tuple)):
-        weights = flat(data)
+        weights = take_flat(data)
         if len(weights.values_M) != len(ids.values_M):
             raise UnfitError(
                 f"there are {len(weights.values_M)} for {len(ids.values_M)} ids; give every id one"

@@ -2,7 +2,6 @@
 
 # B samples, N ids
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from shardemb.data.id_counts import IdCounts
 from shardemb.data.id_guard import FeatureLimit, IdGuard
 from shardemb.data.id_policies import IdPolicy, Lookups, apply_policy, policies_of
 from shardemb.env import hide_notices
+from shardemb.text import did_you_mean
 
 PADDING = -1
 
@@ -78,7 +78,8 @@ class Batcher:
         padding: What pads a padded array.
 
     Raises:
-        ValueError: Two tables of one feature contradict each other.
+        ValueError: There are no tables, two tables of one feature contradict each other, or
+            `padding` is no integer.
 
     Example:
         >>> table = TableConfig(
@@ -135,7 +136,7 @@ class _Maker:
         self.policies = policies_of(tables)
         self._padding = padding
         self._guards = {
-            is_weighted: IdGuard(limits_of(tables, is_weighted=is_weighted))
+            is_weighted: IdGuard(limits_of(tables), is_weighted=is_weighted)
             for is_weighted in (False, True)
         }
 
@@ -162,25 +163,17 @@ class _Maker:
         return batch, lookups
 
 
-def limits_of(
-    tables: Iterable[TableConfig | BaseEmbeddingConfig], *, is_weighted: bool = False
-) -> list[FeatureLimit]:
+def limits_of(tables: Iterable[TableConfig | BaseEmbeddingConfig]) -> list[FeatureLimit]:
     """The limits that tables, ours or TorchRec's, set to the ids of their features.
 
     Args:
         tables: The tables of a collection.
-        is_weighted: Whether their ids carry weights.
 
     Returns:
         One for each pair of feature and table.
     """
     return [
-        FeatureLimit(
-            feature=feature,
-            table=table.name,
-            num_embeddings=table.num_embeddings,
-            is_weighted=is_weighted,
-        )
+        FeatureLimit(feature=feature, table=table.name, num_embeddings=table.num_embeddings)
         for table in tables
         for feature in table.feature_names
     ]
@@ -217,8 +210,8 @@ def _check_names(
 
 
 def _meant(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(names), n=1)
-    return f"did you mean {close[0]!r}? Else " if close else ""
+    question = did_you_mean(name, names)
+    return question and f"{question} Else "
 
 
 def _check_sizes(features: Mapping[str, Any], lookups: Mapping[str, Lookups]) -> None:

@@ -47,11 +47,14 @@ class GuardedForward:
 
     Args:
         limits: One for each pair of feature and table of the collection.
+        is_weighted: Whether the collection weighs its ids.
         check_ids: Whether to check every batch that was not checked already.
     """
 
-    def __init__(self, limits: Sequence[FeatureLimit], *, check_ids: bool) -> None:
-        self.guard = IdGuard(limits)
+    def __init__(
+        self, limits: Sequence[FeatureLimit], *, is_weighted: bool, check_ids: bool
+    ) -> None:
+        self.guard = IdGuard(limits, is_weighted=is_weighted)
         self.checked: list[CheckedBatch] = []
         """Batches that need no further check."""
         self.lookups_left: int | None = None

@@ -1,19 +1,18 @@
 """How many ids batches had, and what became of those that were changed, on one rank or on all."""
 
-# W writers, F features
+# F features
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import get_worker_info
 
 from shardemb.config import OutOfRange
 from shardemb.env import Env
 
 _DONE = {"drop": "dropped", "clamp": "clamped", "hash": "hashed", "oov_row": "oov"}
-_NUM_WRITERS = 65  # this process, and as many workers of a DataLoader as count without a race
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +32,11 @@ class IdCount:
 
 
 class IdCounts:
-    """Counts of each feature, also of batches that workers of a DataLoader make.
+    """Counts of each feature, also of batches that workers of DataLoaders make.
 
-    The counts lie in shared memory, each worker's in a place of its own, so that the process that
-    made them reads those of its workers.
+    The counts lie in shared memory, with a lock around each addition, so that the process that made
+    them reads what its workers counted, of any number of loaders. Processes get them when they are
+    started, by fork or spawn; the lock cannot be pickled otherwise.
 
     Args:
         policies: `out_of_range` by feature.
@@ -51,8 +51,9 @@ class IdCounts:
     def __init__(self, policies: Mapping[str, OutOfRange]) -> None:
         self._policies = dict(policies)
         self._place = {feature: at for at, feature in enumerate(policies)}
-        self._counts_WF2 = torch.zeros(_NUM_WRITERS, len(policies), 2, dtype=torch.int64)
-        self._counts_WF2.share_memory_()
+        self._lock = get_context("spawn").Lock()  # fork's cannot be given to spawned processes
+        self._counts_F2 = torch.zeros(len(policies), 2, dtype=torch.int64)
+        self._counts_F2.share_memory_()
         self._forgotten_F2 = torch.zeros(len(policies), 2, dtype=torch.int64)
 
     def add(self, counts: Mapping[str, tuple[int, int]]) -> None:
@@ -61,15 +62,14 @@ class IdCounts:
         Args:
             counts: By feature, ids given and ids changed.
         """
-        worker = get_worker_info()
-        writer = 0 if worker is None else 1 + worker.id % (_NUM_WRITERS - 1)
         places = torch.tensor([self._place[feature] for feature in counts], dtype=torch.int64)
         added_F2 = torch.tensor(list(counts.values()), dtype=torch.int64)
-        self._counts_WF2[writer].index_add_(0, places, added_F2)
+        with self._lock:
+            self._counts_F2.index_add_(0, places, added_F2)
 
     def reset(self) -> None:
         """Begins again at zero. To be called where the counts are read, not in a worker."""
-        self._forgotten_F2 = self._counts_WF2.sum(0)
+        self._forgotten_F2 = self._counts_F2.clone()
 
     def of_this_rank(self) -> dict[str, IdCount]:
         """The counts since the last reset, by feature."""
@@ -90,7 +90,7 @@ class IdCounts:
         return self._by_feature(counts_F2.cpu())
 
     def _since_reset(self) -> torch.Tensor:
-        return self._counts_WF2.sum(0) - self._forgotten_F2
+        return self._counts_F2 - self._forgotten_F2
 
     def _by_feature(self, counts_F2: torch.Tensor) -> dict[str, IdCount]:
         return {

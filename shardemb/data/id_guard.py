@@ -23,13 +23,11 @@ class FeatureLimit:
         feature: Key in the batch.
         table: Name of the table it looks up.
         num_embeddings: Number of rows of that table.
-        is_weighted: Whether its ids carry weights.
     """
 
     feature: str
     table: str
     num_embeddings: int
-    is_weighted: bool = False
 
 
 class IdGuard:
@@ -37,6 +35,10 @@ class IdGuard:
 
     Args:
         limits: One for each pair of feature and table.
+        is_weighted: Whether every id of a batch must have a weight; if not, none may have one.
+
+    Raises:
+        ValueError: There are no limits.
 
     Example:
         >>> guard = IdGuard([FeatureLimit(feature="item", table="item", num_embeddings=10)])
@@ -49,7 +51,7 @@ class IdGuard:
         ValueError: feature 'item', sample 1: id 12 is outside 0..9 of table 'item'; ...
     """
 
-    def __init__(self, limits: Sequence[FeatureLimit]) -> None:
+    def __init__(self, limits: Sequence[FeatureLimit], *, is_weighted: bool = False) -> None:
         if not limits:
             raise ValueError("a batch is checked against at least one table, got none")
         self._limits: dict[str, FeatureLimit] = {}
@@ -57,7 +59,7 @@ class IdGuard:
             known = self._limits.get(limit.feature)
             if known is None or limit.num_embeddings < known.num_embeddings:
                 self._limits[limit.feature] = limit
-        self.is_weighted = limits[0].is_weighted
+        self.is_weighted = is_weighted
         """Whether every id of a batch must have a weight."""
         self._smallest = min(limit.num_embeddings for limit in self._limits.values())
 
@@ -91,13 +93,16 @@ class IdGuard:
             self._check_each_feature(batch)
 
     def check_features(self, batch: KeyedJaggedTensor) -> None:
-        """Raises unless the batch has every feature, once, and no weights. Looks at no ids.
+        """Raises unless the batch has every feature, once, and weights exactly where they are used.
+
+        Looks at no ids.
 
         Args:
             batch: The batch.
 
         Raises:
-            ValueError: A feature is missing or there twice, or there are weights.
+            ValueError: A feature is missing or there twice, or there are weights where the tables
+                use none or none where they do.
         """
         keys = list(batch.keys())
         if len(set(keys)) < len(keys):

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from torchrec import KeyedJaggedTensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from shardemb.config import TableConfig
+from shardemb.config import MAX_NUM_EMBEDDINGS, TableConfig
 from shardemb.data.batches import limits_of
 from shardemb.data.id_guard import IdGuard
 from shardemb.data.profile import DataProfile, FeatureProfile
@@ -38,7 +38,7 @@ def profile_batches(
 
     Returns:
         For each feature of the tables: the 100 hottest rows, exactly, and the others by at most
-        4,096 blocks. A feature of two tables is counted for the larger.
+        4,096 blocks. A feature of two tables is counted for the smaller, whose rows bound its ids.
 
     Raises:
         ValueError: There is no batch, or one does not fit the tables, as the id guard says.
@@ -52,11 +52,11 @@ def profile_batches(
         >>> profile_batches([batch], [table]).features["x"].hot_rows
         {3: 2, 8: 1}
     """
-    guards = [IdGuard(limits_of(tables, is_weighted=weighted)) for weighted in (False, True)]
+    guards = [IdGuard(limits_of(tables), is_weighted=weighted) for weighted in (False, True)]
     rows_of: dict[str, int] = {}
     for table in tables:
         for feature in table.feature_names:
-            rows_of[feature] = max(table.num_embeddings, rows_of.get(feature, 0))
+            rows_of[feature] = min(table.num_embeddings, rows_of.get(feature, MAX_NUM_EMBEDDINGS))
     counter = ProfileCounter(rows_of)
     for batch in batches:
         guards[batch.weights_or_none() is not None].check(batch)

@@ -1,15 +1,16 @@
 """Writes and reads a `DataProfile` as a JSON file, and prints it. Counts nothing."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shardemb.data.profile import DataProfile, FeatureProfile
+from shardemb.data.profile import DataProfile
+from shardemb.files import write_whole
 from shardemb.text import format_table
+from shardemb.typed_json import make_typed, parse_json
 
 _FORMAT = 1
-_FIELDS = {field.name for field in fields(FeatureProfile)}
 
 
 def save_profile(profile: DataProfile, path: str | Path) -> None:
@@ -22,7 +23,6 @@ def save_profile(profile: DataProfile, path: str | Path) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    path = Path(path)
     features = ",\n".join(
         f"  {json.dumps(name)}: {json.dumps(asdict(feature))}"
         for name, feature in profile.features.items()
@@ -31,9 +31,7 @@ def save_profile(profile: DataProfile, path: str | Path) -> None:
         f'{{"format": {_FORMAT}, "source": {json.dumps(profile.source)}, "features": {{\n'
         f"{features}\n}}}}\n"
     )
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text)
 
 
 def load_profile(path: str | Path) -> DataProfile:
@@ -51,6 +49,7 @@ def load_profile(path: str | Path) -> DataProfile:
 
     Example:
         >>> import tempfile
+        >>> from shardemb.data.profile import FeatureProfile
         >>> t = FeatureProfile(
         ...     num_embeddings=2, num_samples=4, num_ids=3, num_rows_touched=1,
         ...     block_rows=1, block_counts=(0, 3),
@@ -62,7 +61,7 @@ def load_profile(path: str | Path) -> DataProfile:
     """
     path = Path(path)
     try:
-        return _profile_of(json.loads(path.read_bytes()))
+        return _profile_of(parse_json(path.read_text(encoding="utf-8")))
     except ValueError as error:  # also of JSON and of UTF-8
         raise ValueError(
             f"profile {path} cannot be used: {error}; make it again with shardemb data profile"
@@ -100,39 +99,9 @@ def describe_profile(profile: DataProfile) -> str:
 
 
 def _profile_of(values: Any) -> DataProfile:
-    if not isinstance(values, dict) or not {"format", "source", "features"} <= values.keys():
+    if not isinstance(values, dict) or "format" not in values:
         raise ValueError("it is not a profile")
     if values["format"] != _FORMAT:
         raise ValueError(f"it is of format {values['format']!r}, and this version reads {_FORMAT}")
-    source, features = values["source"], values["features"]
-    if not isinstance(source, str) or not isinstance(features, dict):
-        raise ValueError("source must be a string, and features an object")
-    return DataProfile(
-        source=source, features={name: _feature_of(name, of) for name, of in features.items()}
-    )
-
-
-def _feature_of(name: str, values: Any) -> FeatureProfile:
-    who = f"feature {name!r}"
-    if not isinstance(values, dict) or values.keys() != _FIELDS:
-        keys = sorted(values.keys() ^ _FIELDS) if isinstance(values, dict) else [values]
-        raise ValueError(f"{who} has not the fields of a profile, see {keys[0]!r:.80}")
-    values = dict(values)
-    share = values.pop("hottest_percent_share")
-    blocks, hot_rows = values.pop("block_counts"), values.pop("hot_rows")
-    if not isinstance(blocks, list) or not isinstance(hot_rows, dict):
-        raise ValueError(f"{who}: block_counts must be a list, and hot_rows an object")
-    for count in (*values.values(), *blocks, *hot_rows.values()):
-        if type(count) is not int:
-            raise ValueError(f"{who}: counts must be integers, got {count!r:.80}")
-    if share is not None and not isinstance(share, float):
-        raise ValueError(f"{who}: hottest_percent_share must be a float or null, got {share!r:.80}")
-    try:
-        return FeatureProfile(
-            **values,
-            block_counts=tuple(blocks),
-            hot_rows={int(row): count for row, count in hot_rows.items()},
-            hottest_percent_share=share,
-        )
-    except ValueError as error:
-        raise ValueError(f"{who}: {error}") from None
+    rest = {name: value for name, value in values.items() if name != "format"}
+    return make_typed(DataProfile, rest, "the profile")

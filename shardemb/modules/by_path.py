@@ -1,11 +1,11 @@
 """Options of `from_torch` that name modules by their paths. Changes no module."""
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
 from shardemb.optim import SparseOptimizer
+from shardemb.text import some_names
 
 Which = Iterable[str] | Callable[[str, nn.Module], bool]
 """Modules by their paths or by those of modules around them, or a test of (path, module)."""
@@ -46,12 +46,8 @@ def _is_in(path: str, around: str) -> bool:
 def _check_known(named: Iterable[str], found: Mapping[str, nn.Module], option: str) -> None:
     for around in named:
         if not any(_is_in(path, around) for path in found):
-            close = difflib.get_close_matches(around, found, n=1, cutoff=0.5)
-            shown = [*found][:10]
-            more = f" and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
             raise ValueError(
-                f"{option} names {around!r}, and the modules are {', '.join(map(repr, shown))}"
-                f"{more}" + (f"; did you mean {close[0]!r}?" if close else "; use one of these")
+                f"{option} names {around!r}, and the modules are {some_names(found, around)}"
             )
 
 

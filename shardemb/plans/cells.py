@@ -82,14 +82,14 @@ def rank_cells(costs: PlanCosts, ranks: Iterable[int]) -> Cells:
         costs.memory_W,
         costs.weight_bytes_TW.sum(0),
         costs.optimizer_bytes_TW.sum(0),
-        costs.activation_bytes_TW.sum(0),
-        costs.sent_bytes_W,
+        costs.traffic.activation_bytes_TW.sum(0),
+        costs.loads["sent"],
     )
     rows = [
         (
             str(rank),
             *(format_bytes(float(column_W[rank])) for column_W in columns),
-            f"{costs.lookups_W[rank]:,.0f}",
+            f"{costs.loads['lookups'][rank]:,.0f}",
         )
         for rank in ranks
     ]
@@ -132,9 +132,9 @@ def skew_cells(plan: ShardingPlan, costs: PlanCosts) -> Cells:
         for number, table in enumerate(plan.tables)
         if table.layout in SPLITS_ROWS and profiled & set(table.feature_names)
     ]
-    rows = []
-    for number in sorted(found, key=lambda number: -costs.skew_T[number]):
-        lookups_W, skew = costs.lookups_TW[number], costs.skew_T[number]
+    rows, skew_T = [], costs.traffic.skew_T
+    for number in sorted(found, key=lambda number: -skew_T[number]):
+        lookups_W, skew = costs.traffic.lookups_TW[number], skew_T[number]
         rows.append(
             (
                 plan.tables[number].table,
@@ -190,7 +190,7 @@ def amounts_of(costs: PlanCosts, numbers: Sequence[int]) -> list[str]:
         for of_TW in (
             costs.weight_bytes_TW,
             costs.optimizer_bytes_TW,
-            costs.activation_bytes_TW,
-            costs.sent_bytes_TW,
+            costs.traffic.activation_bytes_TW,
+            costs.traffic.sent_bytes_TW,
         )
     ]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from shardemb.layouts import GridShard, RowWise, TableRowWise
 from shardemb.placement import ShardingPlan
-from shardemb.traffic import traffic_of
+from shardemb.traffic import Traffic, traffic_of
 
 Floats = npt.NDArray[np.float64]
 SPLITS_ROWS = {kind.torchrec_name for kind in (RowWise, TableRowWise, GridShard)}
@@ -25,21 +25,12 @@ class PlanCosts:
     Attributes:
         weight_bytes_TW: Bytes of weights, float64 [T, W].
         optimizer_bytes_TW: Bytes of optimizer state, float64 [T, W].
-        activation_bytes_TW: Bytes that pass through a rank's memory in a step, float64 [T, W].
-        sent_bytes_TW: Bytes that leave a rank in a step, float64 [T, W].
-        lookups_TW: Ids that are looked up on a rank in a step, float64 [T, W].
-        sent_bytes_W: All bytes that leave a rank in a step, float64 [W]: those of the tables, and
-            the sizes that are told before.
-        skew_T: Lookups on each table's busiest rank over the mean of its ranks, float64 [T].
+        traffic: What a step makes the ranks send, hold and look up.
     """
 
     weight_bytes_TW: Floats
     optimizer_bytes_TW: Floats
-    activation_bytes_TW: Floats
-    sent_bytes_TW: Floats
-    lookups_TW: Floats
-    sent_bytes_W: Floats
-    skew_T: Floats
+    traffic: Traffic
 
     @functools.cached_property
     def memory_TW(self) -> Floats:  # noqa: N802 - its shape
@@ -53,15 +44,13 @@ class PlanCosts:
         return total_W
 
     @functools.cached_property
-    def lookups_W(self) -> Floats:  # noqa: N802 - its shape
-        """Ids that are looked up on each rank, float64 [W]."""
-        total_W: Floats = self.lookups_TW.sum(0)
-        return total_W
-
-    @property
     def loads(self) -> dict[str, Floats]:
         """What should be even over the ranks: "memory", bytes "sent" and "lookups", each [W]."""
-        return {"memory": self.memory_W, "sent": self.sent_bytes_W, "lookups": self.lookups_W}
+        return {
+            "memory": self.memory_W,
+            "sent": self.traffic.sent_bytes_W,
+            "lookups": self.traffic.lookups_TW.sum(0),
+        }
 
 
 def costs_of(plan: ShardingPlan) -> PlanCosts:
@@ -86,7 +75,6 @@ def costs_of(plan: ShardingPlan) -> PlanCosts:
         >>> costs_of(plan).memory_W
         array([65000., 65000., 65000., 65000.])
     """
-    traffic = traffic_of(plan)
     shape = len(plan.tables), plan.world_size
     weights_TW, optimizer_TW = np.zeros(shape), np.zeros(shape)
     for number, table in enumerate(plan.tables):
@@ -94,13 +82,7 @@ def costs_of(plan: ShardingPlan) -> PlanCosts:
         np.add.at(weights_TW[number], ranks_S, [shard.weight_bytes for shard in table.shards])
         np.add.at(optimizer_TW[number], ranks_S, [shard.optimizer_bytes for shard in table.shards])
     return PlanCosts(
-        weight_bytes_TW=weights_TW,
-        optimizer_bytes_TW=optimizer_TW,
-        activation_bytes_TW=traffic.activation_bytes_TW,
-        sent_bytes_TW=traffic.sent_bytes_TW,
-        lookups_TW=traffic.lookups_TW,
-        sent_bytes_W=traffic.sent_bytes_W,
-        skew_T=traffic.skew_T,
+        weight_bytes_TW=weights_TW, optimizer_bytes_TW=optimizer_TW, traffic=traffic_of(plan)
     )
 
 
@@ -131,18 +113,18 @@ def costs_to_json(plan: ShardingPlan) -> tuple[dict[str, list[dict[str, Any]]], 
     columns = {
         "weight_bytes": costs.weight_bytes_TW,
         "optimizer_bytes": costs.optimizer_bytes_TW,
-        "activation_bytes": costs.activation_bytes_TW,
-        "sent_bytes": costs.sent_bytes_TW,
-        "lookups": costs.lookups_TW,
+        "activation_bytes": costs.traffic.activation_bytes_TW,
+        "sent_bytes": costs.traffic.sent_bytes_TW,
+        "lookups": costs.traffic.lookups_TW,
     }
     of_tables = {name: _numbers(column_TW.sum(1)) for name, column_TW in columns.items()}
     of_ranks = {name: _numbers(column_TW.sum(0)) for name, column_TW in columns.items()}
-    of_ranks["sent_bytes"] = _numbers(costs.sent_bytes_W)
+    of_ranks["sent_bytes"] = _numbers(costs.loads["sent"])
     tables = [
         {"table": table.table} | {name: column[number] for name, column in of_tables.items()}
         for number, table in enumerate(plan.tables)
     ]
-    for line, table, skew in zip(tables, plan.tables, costs.skew_T.tolist(), strict=True):
+    for line, table, skew in zip(tables, plan.tables, costs.traffic.skew_T.tolist(), strict=True):
         if table.layout in SPLITS_ROWS:
             line["row_skew"] = skew
     ranks = [

@@ -93,7 +93,7 @@ def _tables(before: ShardingPlan, after: ShardingPlan) -> Iterator[tuple[str, st
             yield _row(name, "added", "", _in_short(new, after))
     common = [name for name in old_tables if name in new_tables]
     if common != [name for name in new_tables if name in old_tables]:
-        yield _row("(tables)", "order", "as there", "as here")
+        yield _row("(tables)", "order", "first plan's", "second plan's")
 
 
 def _table(

@@ -9,6 +9,7 @@ from typing import Any
 from shardemb.cluster import Cluster
 from shardemb.config import BYTES_OF
 from shardemb.data.profile import DataProfile
+from shardemb.files import write_whole
 from shardemb.layouts import LAYOUTS, Layout
 from shardemb.placement import Shard, ShardingPlan, TablePlacement
 from shardemb.plans.costs import costs_to_json
@@ -42,10 +43,7 @@ def write_plan(plan: ShardingPlan, path: str | Path) -> None:
         ValueError: The shards of a table are not blocks of it.
         OSError: The file cannot be written.
     """
-    text = plan_to_file_text(plan)
-    partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, plan_to_file_text(plan))
 
 
 def plan_to_file_text(plan: ShardingPlan) -> str:

@@ -1,4 +1,4 @@
-"""Whether a plan of a file still fits: the model's tables, the ranks and their memory."""
+"""Whether a plan, of a file or not, fits: the model's tables, the ranks and their memory."""
 
 import difflib
 from collections.abc import Mapping
@@ -174,7 +174,10 @@ def _changes_of_table(
         return changes
     layout = layout_of(placed, cluster)
     if layout is None:
-        return [f"table {placed.table!r}: its shards are those of no layout"]
+        return [
+            f"table {placed.table!r}: its shards are those of no layout; make the plan with "
+            "plan_sharding"
+        ]
     reason = why_not(
         table,
         layout,

@@ -92,8 +92,7 @@ def plan_to_html(plan: ShardingPlan) -> str:
     title, *more = describe_plan(plan).splitlines()
     body = [
         f"<h1>Sharding {escape(title)}</h1>",
-        *(f"<p>{escape(line)}</p>" for line in more),
-        f"<p>{escape(memory_warning(plan, costs))}</p>",
+        *(f"<p>{escape(line)}</p>" for line in (*more, memory_warning(plan, costs)) if line),
         _legend(groups),
         '<div class="charts">',
         *_charts(plan, costs, groups),
@@ -117,8 +116,8 @@ def plan_to_html(plan: ShardingPlan) -> str:
 
 def _groups(plan: ShardingPlan, costs: PlanCosts) -> _Groups:
     """A group for each of the tables that weigh most in any chart, and one for the others."""
-    weight_T = np.zeros(len(plan.tables))
-    for amount_TW in (costs.memory_TW, costs.sent_bytes_TW, costs.lookups_TW):
+    weight_T, traffic = np.zeros(len(plan.tables)), costs.traffic
+    for amount_TW in (costs.memory_TW, traffic.sent_bytes_TW, traffic.lookups_TW):
         share_T = amount_TW.sum(1) / max(1.0, float(amount_TW.sum()))
         weight_T = np.maximum(weight_T, share_T)
     most = len(_COLOURS) if plan.world_size <= _MANY_RANKS else _FEW_COLOURS
@@ -154,12 +153,17 @@ def _legend(groups: _Groups) -> str:
 
 
 def _charts(plan: ShardingPlan, costs: PlanCosts, groups: _Groups) -> list[str]:
-    shared_W = costs.sent_bytes_W - costs.sent_bytes_TW.sum(0)
+    traffic = costs.traffic
     memory = format_bytes(plan.cluster.memory_bytes)
     charts = (
         ("memory", f"weights and optimizer state, of {memory} a rank", costs.memory_TW, None),
-        ("sent", "bytes that leave a rank in a step", costs.sent_bytes_TW, shared_W),
-        ("lookups", "rows that are looked up on a rank in a step", costs.lookups_TW, None),
+        (
+            "sent",
+            "bytes that leave a rank in a step",
+            traffic.sent_bytes_TW,
+            traffic.shared_bytes_W,
+        ),
+        ("lookups", "rows that are looked up on a rank in a step", traffic.lookups_TW, None),
     )
     tables = [table.table for table in plan.tables]
     return [
@@ -191,7 +195,7 @@ def _parts(
         names, colours = groups.names, list(range(len(groups.names)))
     if rest_W is not None:
         amounts_PW = np.vstack([amounts_PW, rest_W])
-        names, colours = [*names, "sizes of what follows"], [*colours, len(groups.names)]
+        names, colours = [*names, "sizes of messages"], [*colours, len(groups.names)]
     return {"amounts_PW": amounts_PW, "names": names, "colours": colours}
 
 

@@ -116,8 +116,8 @@ def ticks(top: float, *, is_binary: bool) -> list[float]:
 
     Args:
         top: The largest amount.
-        is_binary: Whether they are 1, 2 or 5 times 1, 10 or 100 times a power of 1024, as bytes
-            are read, or of 1000.
+        is_binary: Whether a step is 1, 2 or 5 times 1, 10 or 100 times a power of 1024, as bytes
+            are read, or of 1000. Below twice such a power it is a quarter or a half of it.
 
     Returns:
         The amounts.
@@ -131,7 +131,7 @@ def ticks(top: float, *, is_binary: bool) -> list[float]:
     steps = [first * ten * unit for ten in (1, 10, 100, 1000) for first in (1, 2, 5)]
     step = next(step for step in steps if top / step < 6)
     if top / unit < 2:
-        step = unit / 4 if unit > 1 else 1
+        step = unit / (4 if top / unit < 1.5 else 2) if unit > 1 else 1
     return [count * step for count in range(math.floor(top / step) + 1)]
 
 

@@ -89,11 +89,12 @@ def memory_warning(plan: ShardingPlan, costs: PlanCosts) -> str:
     Returns:
         A sentence, empty if there is nothing to say.
     """
-    activations_W = costs.activation_bytes_TW.sum(0)
+    activations_TW = costs.traffic.activation_bytes_TW
+    activations_W = activations_TW.sum(0)
     fullest = int((costs.memory_W + activations_W).argmax())
     if costs.memory_W[fullest] + activations_W[fullest] <= plan.cluster.memory_bytes:
         return ""
-    most = int(costs.activation_bytes_TW[:, fullest].argmax())
+    most = int(activations_TW[:, fullest].argmax())
     held, passing, there = (
         format_bytes(number)
         for number in (
@@ -149,7 +150,7 @@ def _ranks_in_short(plan: ShardingPlan, costs: PlanCosts) -> str:
     """All ranks, or the most and the least loaded."""
     if plan.world_size <= _MOST_RANKS:
         return str(rank_cells(costs, range(plan.world_size)))
-    loads = np.stack([costs.lookups_W, costs.sent_bytes_W, costs.memory_W])
+    loads = np.stack([costs.loads[name] for name in ("lookups", "sent", "memory")])
     by_load = np.lexsort(-loads).tolist()
     shown = rank_cells(costs, by_load[:_BUSIEST] + by_load[-_BUSIEST:])
     lines = str(shown).splitlines()

@@ -39,6 +39,8 @@ from shardemb.recipes.progress import Progress
 from shardemb.recipes.run_folder import CONFIG, DATA, PLAN, RESULT, RunFolder, open_run
 from shardemb.workload import Workload
 
+_BATCH_SIZES = (960, 480, 240, 120, 60, 30)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -64,8 +66,8 @@ class Config:
     embedding_dim: int = 16
     """Columns of each table."""
     plan: str | None = None
-    """A plan to train by exactly, of shardemb plan --save or another run's plan.json; `row_wise`
-    counts without one. A run that goes on with other ranks than it is for plans anew."""
+    """A plan to train by exactly, of shardemb plan --save or another run's plan.json. Without it
+    `row_wise` counts. A resumed run on other ranks plans anew."""
     row_wise: tuple[str, ...] = ("C3", "C12", "C16", "C21")
     """Tables sharded by rows over all ranks, as Criteo's largest four would be; the others lie
     whole on one rank."""
@@ -239,7 +241,7 @@ def build_layouts(config: Config) -> dict[str, Layout]:
 
 
 def workload_of(batch_size: int, world_size: int, profile: DataProfile | None = None) -> Workload:
-    """What a step looks up: the samples of a rank, of those of all ranks together.
+    """What one rank looks up in a step of `batch_size` samples on all ranks.
 
     Raises:
         ValueError: The batch does not divide by the ranks.
@@ -294,8 +296,17 @@ def generate_log(config: Config, folder: RunFolder) -> GeneratedLog:
 
 def default_batch_size(num_samples: int) -> int:
     """960, or its half, quarter ... down to 30, whichever first gives at least 100 steps a pass."""
-    sizes = (960, 480, 240, 120, 60, 30)
-    return next((size for size in sizes if size * 100 <= num_samples), sizes[-1])
+    return next((size for size in _BATCH_SIZES if size * 100 <= num_samples), _BATCH_SIZES[-1])
+
+
+def batch_size_to_plan(world_size: int) -> int:
+    """The default for large data, or the next larger size that the ranks can share evenly.
+
+    Example:
+        >>> batch_size_to_plan(8), batch_size_to_plan(512)
+        (960, 1024)
+    """
+    return -(-_BATCH_SIZES[0] // world_size) * world_size
 
 
 def evaluate(pipeline: se.TrainPipeline, loader: CriteoLoader, env: Env) -> dict[str, float]:

@@ -10,6 +10,7 @@ from shardemb.agree import all_or_none, by_main
 from shardemb.checkpoint import latest_checkpoint
 from shardemb.env import Env
 from shardemb.errors import RunError
+from shardemb.files import write_whole
 
 CONFIG, DATA, PLAN = "config.toml", "data.json", "plan.json"
 _RUN_ID, _LOCK = "run_id", "lock"
@@ -60,9 +61,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Writes a file whole: it is replaced in one move."""
-        partial = self.path / f"{name}.partial"
-        partial.write_text(text)
-        partial.replace(self.path / name)
+        write_whole(self.path / name, text)
 
     def keep(self, name: str, text: str) -> None:
         """Writes a file that stays as it is when the run goes on.
@@ -77,7 +76,7 @@ class RunFolder:
         path = self.path / name
         if not path.exists() or self.last_checkpoint is None:
             self.write(name, text)
-        elif path.read_text() != text:
+        elif path.read_text(encoding="utf-8") != text:
             raise ValueError(
                 f"the run in {self.path} began with other data than now, as {path} tells; start "
                 "another run with --out"
