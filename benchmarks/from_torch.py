@@ -1,13 +1,12 @@
 """What does a table cost that has an exchange of its own, as from_torch's have?
 
 The same 26 tables, batches and layouts: as one collection, which makes one exchange, and as
-nn.EmbeddingBags that from_torch converted, which are called one by one.
+nn.EmbeddingBags that from_torch converted, which are called one by one. Takes some two minutes on
+two cores.
 """
 
 # B batch of this rank
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -35,6 +34,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.machine import copy_gb_per_s, describe, random_row_gb_per_s
 from benchmarks.ranks import on_ranks, take_turns
+from benchmarks.script import parser_of, write_result
 from benchmarks.step import ideal_bytes, summary
 from shardemb import layouts
 from shardemb.env import Env
@@ -134,37 +134,23 @@ CASES = [
 ]
 
 
-def run_rank(env: Env, out: str, warmup: int, repeats: int) -> None:
-    """All cases on one rank; rank 0 writes the results."""
-    results = [measure(case, env, warmup, repeats) for case in CASES]
-    if env.is_main:
-        Path(out).write_text(json.dumps(results))
+def run_rank(env: Env, warmup: int, repeats: int) -> list[dict[str, Any]]:
+    """All cases on one rank."""
+    return [measure(case, env, warmup, repeats) for case in CASES]
 
 
 def main() -> None:
     """Measures all cases, prints the page and writes it with its JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=30)
-    asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    machine = describe()
-    name = f"{machine['date']}-from-torch"
-    written = asked.out / f"{name}.json"
-    on_ranks(run_rank, 2, str(written), asked.warmup, asked.repeats)
+    asked = parser_of(__doc__, repeats=30, warmup=5).parse_args()
     measured = {
-        "machine": machine,
+        "machine": describe(),
         "warmup": asked.warmup,
         "repeats": asked.repeats,
+        "results": on_ranks(run_rank, 2, asked.warmup, asked.repeats)[0],
         "copy_gb_per_s": copy_gb_per_s(),
         "random_row_gb_per_s": random_row_gb_per_s(EMBEDDING_DIM, NUM_TABLES * NUM_EMBEDDINGS),
-        "results": json.loads(written.read_text()),
     }
-    page = report(measured)
-    written.write_text(json.dumps(measured, indent=1) + "\n")
-    (asked.out / f"{name}.md").write_text(page)
-    print(page)
+    write_result(measured, report(measured), asked.out, "from-torch")
 
 
 if __name__ == "__main__":

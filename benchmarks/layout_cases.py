@@ -13,9 +13,7 @@ from torchrec import KeyedJaggedTensor
 
 import shardemb as se
 from shardemb import layouts, optim
-from shardemb.data.profile import DataProfile, FeatureProfile
 from shardemb.layouts import Layout
-from shardemb.workload import Workload
 
 WORLD_SIZE, NUM_NODES, BATCH_SIZE = 4, 2, 512
 
@@ -97,22 +95,8 @@ def batch_of(tables: Sequence[se.TableConfig], seed: int) -> KeyedJaggedTensor:
     return se.keyed_jagged_tensor(bags, tables)
 
 
-def workload_of(tables: Sequence[se.TableConfig], num_batches: int = 64) -> Workload:
+def workload_of(tables: Sequence[se.TableConfig], num_batches: int = 64) -> se.Workload:
     """What other batches than those of the steps say of the data."""
-    features = {}
-    for table in tables:
-        generator = np.random.default_rng(10**6)
-        drawn = [draw(table.name, table.num_embeddings, generator) for _ in range(num_batches)]
-        ids = np.concatenate([bag for bags in drawn for bag in bags])
-        block_rows = max(1, table.num_embeddings // 1000)
-        num_blocks = -(-table.num_embeddings // block_rows)
-        features[table.name] = FeatureProfile(
-            num_embeddings=table.num_embeddings,
-            num_samples=num_batches * BATCH_SIZE,
-            num_ids=len(ids),
-            num_rows_touched=len(np.unique(ids)),
-            block_rows=block_rows,
-            block_counts=tuple(np.bincount(ids // block_rows, minlength=num_blocks).tolist()),
-        )
-    profile = DataProfile(source="other batches", features=features)
-    return Workload(batch_size=BATCH_SIZE, profile=profile)
+    others = (batch_of(tables, seed=10**6 + number) for number in range(num_batches))
+    profile = se.profile_batches(others, tables, source="other batches")
+    return se.Workload(batch_size=BATCH_SIZE, profile=profile)

@@ -1,19 +1,14 @@
 """Do ranks hold and send what the plan says? Resident memory and bytes in the collectives.
 
 Each layout runs in fresh processes. A small model of the same layout runs first, so that what is
-measured is the tables and not the libraries.
+measured is the tables and not the libraries. Takes some five minutes on two cores.
 """
 
-import argparse
 import ctypes
 import gc
-import json
 import logging
-import multiprocessing
 import os
-import socket
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import truediv
@@ -22,7 +17,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
@@ -43,6 +37,8 @@ from benchmarks.layout_cases import (
     workload_of,
 )
 from benchmarks.machine import describe
+from benchmarks.ranks import GIVE_BACK_FREED, on_ranks
+from benchmarks.script import parser_of, write_result
 from shardemb.env import Env
 from shardemb.text import format_bytes, format_table
 
@@ -86,8 +82,9 @@ def train(tables: Sequence[se.TableConfig], case: Case, env: Env) -> Trained:
     return Trained(plan=plan, model=sharded, optimizer=optimizer, sent_bytes=sent[case.warmup :])
 
 
-def measure(case: Case, env: Env) -> dict[str, float]:
+def measure(env: Env, case: Case) -> dict[str, float]:
     """What the plan says of this rank, and what was measured."""
+    logging.disable(logging.WARNING)
     small = [replace(table, num_embeddings=4000) for table in TABLES]
     warm = train(small, case, env)
     before = resident_bytes()
@@ -128,35 +125,6 @@ def resident_bytes() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def run_rank(rank: int, case: Case, port: int, out: str) -> None:
-    """One case on one rank, which writes what it found."""
-    local_world_size = WORLD_SIZE // NUM_NODES
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank % local_world_size),
-        "WORLD_SIZE": str(WORLD_SIZE),
-        "LOCAL_WORLD_SIZE": str(local_world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    found = measure(case, se.init_distributed(device="cpu"))
-    Path(out, f"{rank}.json").write_text(json.dumps(found))
-
-
-def run(case: Case) -> list[dict[str, float]]:
-    """One case in processes of its own; what each rank found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as out:
-        mp.start_processes(
-            run_rank, (case, port, out), nprocs=WORLD_SIZE, start_method="forkserver"
-        )
-        return [json.loads(Path(out, f"{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
 
 
 def over(measured: Sequence[float], predicted: Sequence[float]) -> str:
@@ -224,31 +192,20 @@ known beforehand the bytes are equal, which tests/test_traffic.py shows; these a
 
 def main() -> None:
     """Runs all cases, prints the page and writes it with its JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=10)
-    asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    # glibc reads it when a process starts; freed buffers of that size go back to the system
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["shardemb.shard"])
-    cases = [
-        Case(layout=layout, is_sequence=kind, warmup=asked.warmup, repeats=asked.repeats)
-        for kind in (False, True)
-        for layout in (SEQUENCES if kind else LAYOUTS)
-    ]
+    asked = parser_of(__doc__, repeats=10, warmup=3).parse_args()
+    results = []
+    for kind in (False, True):
+        for layout in SEQUENCES if kind else LAYOUTS:
+            case = Case(layout=layout, is_sequence=kind, warmup=asked.warmup, repeats=asked.repeats)
+            ranks = on_ranks(measure, WORLD_SIZE, case, num_nodes=NUM_NODES, malloc=GIVE_BACK_FREED)
+            results.append(asdict(case) | {"ranks": ranks})
     measured = {
         "machine": describe(),
         "warmup": asked.warmup,
         "repeats": asked.repeats,
-        "results": [asdict(case) | {"ranks": run(case)} for case in cases],
+        "results": results,
     }
-    page = report(measured)
-    name = f"{measured['machine']['date']}-memory-and-bytes"
-    (asked.out / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n")
-    (asked.out / f"{name}.md").write_text(page)
-    print(page)
+    write_result(measured, report(measured), asked.out, "memory-and-bytes")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """How long does a plan take, in how much memory, how good is it, beside TorchRec's own planner?
 
 Plans for nodes of 8 H100s without any of them. Each case runs in a process of its own, so that its
-peak of memory is its own; a planner that takes longer than the limit is ended, and not tried on
-anything larger.
+peak of memory is its own; a planner that takes longer than its limit, or dies, is not tried on
+anything larger. Takes some five minutes on two cores.
 """
 
-import argparse
-import json
 import logging
 import multiprocessing
 import resource
@@ -22,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import shardemb as se
 from benchmarks.machine import describe
+from benchmarks.script import parser_of, write_result
 from benchmarks.torchrec_planner import of_plan, rated_ms, some_tables, torchrec_placed
 from shardemb import layouts, optim
 from shardemb.layouts import Layout
@@ -32,6 +31,9 @@ NUM_RANKS = (8, 64, 1024)
 FREE, NAMED, TORCHREC = "all free", "a third named", "TorchRec's planner"
 MOST_SHARDS_TO_RATE = 100_000
 SMALL_TABLE_ROWS = 1 << 20
+OUR_LIMIT = 10
+"""The limit for all plans of a case, over the one for TorchRec's."""
+MOST_ROWS = 1e8
 FILLED = 0.25
 """The part of all memory that the tables fill, where they are many."""
 
@@ -70,7 +72,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     # of widths of 120 columns in the mean, and rows that spread evenly by their logarithms
     mean_rows = FILLED * case.num_ranks * cluster.memory_bytes / (480 * case.num_tables)
     model, workload = some_tables(
-        case.num_tables, 0, optim.SGD(lr=0.1), most_rows=min(1e8, 8 * mean_rows)
+        case.num_tables, 0, optim.SGD(lr=0.1), most_rows=min(MOST_ROWS, 8 * mean_rows)
     )
     named = names(model, case.num_ranks) if case.planner == NAMED else {}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -106,18 +108,22 @@ def run_case(pipe: Connection, case: Case, repeats: int) -> None:
     pipe.close()
 
 
-def in_own_process(case: Case, repeats: int, limit_s: float) -> dict[str, Any] | None:
-    """What a case measures; None if it takes longer than the limit."""
+def in_own_process(case: Case, repeats: int, limit_s: float) -> dict[str, Any]:
+    """What a case measures, or why it did not end: then it has no seconds."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=run_case, args=(there, case, repeats), daemon=True)
     process.start()
     there.close()
-    answered = here.poll(limit_s)
-    result: dict[str, Any] | None = here.recv() if answered else None
-    process.kill()
-    process.join()
-    return result
+    nothing = asdict(case) | {"seconds": []}
+    try:
+        return here.recv() if here.poll(limit_s) else nothing | {"why": f"over {limit_s:g}"}
+    except EOFError:
+        process.join()
+        return nothing | {"why": f"died ({process.exitcode})"}
+    finally:
+        process.kill()
+        process.join()
 
 
 def run(repeats: int, limit_s: float) -> dict[str, Any]:
@@ -130,12 +136,10 @@ def run(repeats: int, limit_s: float) -> dict[str, Any]:
                 case = Case(planner=planner, num_tables=num_tables, num_ranks=num_ranks)
                 if any(case.is_as_large_as(other) for other in given_up):
                     continue
-                result = in_own_process(
-                    case, repeats, limit_s if planner == TORCHREC else 10 * limit_s
-                )
-                if result is None:
+                limit = limit_s if planner == TORCHREC else OUR_LIMIT * limit_s
+                results.append(in_own_process(case, repeats, limit))
+                if not results[-1]["seconds"]:
                     given_up.append(case)
-                results.append(result or asdict(case) | {"seconds": []})
                 print(results[-1], file=sys.stderr, flush=True)
     return {
         "machine": describe(),
@@ -147,13 +151,12 @@ def run(repeats: int, limit_s: float) -> dict[str, Any]:
 
 def report(measured: dict[str, Any]) -> str:
     """The result as a page to read."""
-    limit = f"over {measured['torchrec_limit_s']:.0f}"
     rows = [
         (
             f"{result['num_tables']:,}",
             f"{result['num_ranks']:,}",
             result["planner"],
-            f"{median(times):.2f}" if (times := result["seconds"]) else limit,
+            f"{median(times):.2f}" if (times := result["seconds"]) else result["why"],
             f"{times[0]:.2f}-{times[-1]:.2f}" if len(times) > 1 else "",
             f"{result['added_mib']:.0f}" if times else "",
             f"{result['peak_mib']:.0f}" if times else "",
@@ -167,22 +170,27 @@ def report(measured: dict[str, Any]) -> str:
         *("tables", "ranks", "", "s", "least-most", "MiB", "in all", "shards"),
         *("busiest ms", "most/mean"),
     )
+    theirs = measured["torchrec_limit_s"]
+    ours = OUR_LIMIT * theirs
     machine = "\n".join(f"- {name}: {value}" for name, value in measured["machine"].items())
     table = format_table(header, rows, right=(0, 1, 3, 4, 5, 6, 7, 8, 9))
     return f"""# What a plan takes: time, memory, and how good it is
 
 {machine}
-- planned for nodes of 8 H100s, tables of 32 to 256 columns and 1,000 to 10^8 rows with SGD, 1,024
-  samples a rank with 1 to 50 ids a feature
-- shardemb: {measured["repeats"]} plans in one process; TorchRec: one, ended after
-  {measured["torchrec_limit_s"]:.0f} s, and not tried on anything larger after that
+- planned for nodes of 8 H100s, tables with SGD of 32 to 256 columns, 1,000 rows or more: at most
+  {MOST_ROWS:,.0f}, or as many as fill a fifth to a quarter of all memory; 1,024 samples a rank with
+  1 to 50 ids a feature
+- shardemb: {measured["repeats"]} plans in one process, ended after {ours:g} s; TorchRec: one, ended
+  after {theirs:g} s, the start of the process and the rating among them; neither is tried on
+  anything larger after that
 
-"MiB" is what planning adds to the peak of the process, "in all" that peak, with torch and TorchRec
-loaded. "busiest ms" is TorchRec's own estimate of every shard, added up for the busiest rank, where
-there are not more than {MOST_SHARDS_TO_RATE:,} shards: the less the better; it cannot be compared
-where layouts are named. "most/mean" is bytes of tables on the fullest rank over the mean: time is
-balanced, memory only kept within its limit. TorchRec may choose among the same layouts, and splits
-columns into slices of 128 only.
+"over" gives that limit in seconds, "died" the exit code of the process. "MiB" is what planning adds
+to the peak of the process, "in all" that peak, with torch and TorchRec loaded. "busiest ms" is
+TorchRec's own estimate of every shard, added up for the busiest rank, where there are not more than
+{MOST_SHARDS_TO_RATE:,} shards: the less the better; it cannot be compared where layouts are named.
+"most/mean" is bytes of tables on the fullest rank over the mean: time is balanced, memory only kept
+within its limit. TorchRec may choose among the same layouts, and splits columns into slices of 128
+only.
 
 ```
 {table}
@@ -192,18 +200,20 @@ columns into slices of 128 only.
 
 def main() -> None:
     """Runs all cases, prints the page and writes it with its JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--torchrec-limit-s", type=float, default=30.0)
+    parser = parser_of(__doc__, repeats=3)
+    parser.add_argument(
+        "--torchrec-limit-s",
+        type=float,
+        default=30.0,
+        help=f"when TorchRec's planner is ended, shardemb's plans after {OUR_LIMIT} times that "
+        "(default: %(default)s)",
+    )
     asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
     measured = run(asked.repeats, asked.torchrec_limit_s)
-    page = report(measured)
-    name = f"{measured['machine']['date']}-plan"
-    (asked.out / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n")
-    (asked.out / f"{name}.md").write_text(page)
-    print(page)
+    write_result(measured, report(measured), asked.out, "plan")
+    died = [result for result in measured["results"] if result.get("why", "").startswith("died")]
+    if died:
+        sys.exit(f"cases died, their errors are above: {died}")
 
 
 if __name__ == "__main__":

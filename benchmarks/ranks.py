@@ -1,9 +1,13 @@
 """Processes for the ranks of a benchmark, and contenders that take turns on them."""
 
+import json
+import multiprocessing
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,30 +16,55 @@ import torch.multiprocessing as mp
 
 import shardemb as se
 
+KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+"""For times: memory that was freed is used again; else each step pays for page faults."""
+GIVE_BACK_FREED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+"""For resident memory: freed buffers of that size go back to the system."""
 
-def on_ranks(function: Callable[..., None], world_size: int, *args: Any) -> None:
-    """Runs `function(env, *args)` on that many ranks, each in a process with its share of cores."""
-    # glibc reads these when a process starts; without them each step pays for page faults
-    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+
+def on_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    num_nodes: int = 1,
+    malloc: Mapping[str, str] = KEEP_FREED,
+) -> list[Any]:
+    """What `function(env, *args)` returns on each rank, through JSON.
+
+    Each rank is a process with its share of cores. All calls in a script take the same `malloc`:
+    glibc reads it when the process starts that forks the ranks.
+    """
+    os.environ |= malloc
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["shardemb.shard"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_run_rank, (world_size, port, function, args), nprocs=world_size)
-
-
-def _run_rank(
-    rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]
-) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+    launched = {
         "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size // num_nodes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
-    function(se.init_distributed(device="cpu"), *args)
+    with tempfile.TemporaryDirectory() as out:
+        mp.start_processes(
+            _run_rank, (launched, out, function, args), world_size, start_method="forkserver"
+        )
+        return [json.loads(Path(out, f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def _run_rank(
+    rank: int,
+    launched: dict[str, str],
+    out: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    local_rank = rank % int(launched["LOCAL_WORLD_SIZE"])
+    os.environ |= launched | {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+    num_threads = len(os.sched_getaffinity(0)) // int(launched["WORLD_SIZE"])
+    torch.set_num_threads(max(1, num_threads))
+    found = function(se.init_distributed(device="cpu"), *args)
+    Path(out, f"{rank}.json").write_text(json.dumps(found))
 
 
 def take_turns(

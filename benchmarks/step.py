@@ -1,13 +1,12 @@
 """What do lookup, backward and update cost, beside nn.EmbeddingBag and TorchRec used directly?
 
 Every contender trains the same tables on the same Zipf ids; contenders take turns, a step each, so
-that what else the machine does falls on all of them. Loss: the mean of the pooled features.
+that what else the machine does falls on all of them. Loss: the mean of the pooled features. Takes
+some three minutes on two cores.
 """
 
 # B batch, D embedding_dim, N ids
 
-import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +31,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.machine import copy_gb_per_s, describe, random_row_gb_per_s
 from benchmarks.ranks import on_ranks, take_turns
+from benchmarks.script import parser_of, write_result
 from shardemb.env import Env
 from shardemb.text import format_table
 
@@ -53,25 +53,25 @@ def ideal_bytes(case: Case) -> float:
     return float(ids_and_outputs + touched * (3 * row + 2 * state))
 
 
-def run_rank(env: Env, out: str, warmup: int, repeats: int) -> None:
-    """All cases of a world size on one rank; rank 0 writes the times."""
-    for number, case in enumerate(CASES):
-        if case.world_size != env.world_size:
-            continue
-        times = take_turns(contenders(case, env), warmup, repeats)
-        if env.is_main:
-            Path(out, f"{number}.json").write_text(json.dumps(times))
+def run_rank(env: Env, warmup: int, repeats: int) -> list[dict[str, list[float]]]:
+    """The times of all cases of a world size."""
+    return [
+        take_turns(contenders(case, env), warmup, repeats)
+        for case in CASES
+        if case.world_size == env.world_size
+    ]
 
 
-def run(warmup: int, repeats: int, out: Path) -> dict[str, Any]:
+def run(warmup: int, repeats: int) -> dict[str, Any]:
     """All cases, each world size in processes of its own."""
-    for world_size in sorted({case.world_size for case in CASES}):
-        on_ranks(run_rank, world_size, str(out), warmup, repeats)
+    times_of = {
+        world_size: iter(on_ranks(run_rank, world_size, warmup, repeats)[0])
+        for world_size in sorted({case.world_size for case in CASES})
+    }
     random_gb_per_s = random_row_gb_per_s(EMBEDDING_DIM, NUM_TABLES * NUM_EMBEDDINGS)
     results = []
-    for number, case in enumerate(CASES):
-        times = json.loads((out / f"{number}.json").read_text())
-        (out / f"{number}.json").unlink()
+    for case in CASES:
+        times = next(times_of[case.world_size])
         num_bytes = ideal_bytes(case)
         results.append(
             asdict(case)
@@ -155,18 +155,9 @@ turn; the model reads none by position, so the others, like TorchRec, do without
 
 def main() -> None:
     """Runs all cases, prints the page and writes it with its JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=30)
-    asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    measured = run(asked.warmup, asked.repeats, asked.out)
-    page = report(measured)
-    name = f"{measured['machine']['date']}-step"
-    (asked.out / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n")
-    (asked.out / f"{name}.md").write_text(page)
-    print(page)
+    asked = parser_of(__doc__, repeats=30, warmup=5).parse_args()
+    measured = run(asked.warmup, asked.repeats)
+    write_result(measured, report(measured), asked.out, "step")
 
 
 if __name__ == "__main__":
