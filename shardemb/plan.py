@@ -16,6 +16,7 @@ from shardemb.layouts import Layout
 from shardemb.modules.discovery import Collection, Table, find_collections
 from shardemb.placement import ShardingPlan, TablePlacement
 from shardemb.planning.fits import what_does_not_fit
+from shardemb.planning.layout_rules import check_slices
 from shardemb.planning.planner import Choice, choose_layouts
 from shardemb.planning.problem import Problem, check_problem
 from shardemb.planning.search import DoesNotFitError
@@ -139,29 +140,6 @@ def _placement(found: Collection, table: Table, choice: Choice, cluster: Cluster
             optimizer=optimizer,
         ),
     )
-
-
-def check_slices(plan: ShardingPlan) -> None:
-    """Refuses slices of two widths in one sequence collection, which TorchRec would mix up.
-
-    Args:
-        plan: A plan of named layouts.
-
-    Raises:
-        ValueError: There are two.
-    """
-    widths: dict[str, tuple[int, str]] = {}
-    for table in plan.tables:
-        if table.pooling is not None or "column" not in table.layout:
-            continue
-        width = table.shards[0].num_columns
-        first_width, first = widths.setdefault(table.module, (width, table.table))
-        if width != first_width:
-            raise ValueError(
-                f"tables {first!r} and {table.table!r} of one EmbeddingCollection have slices of "
-                f"{first_width} and {width} columns, and TorchRec needs one width; give both the "
-                "same number of slices, or a collection each"
-            )
 
 
 def _agreed_cluster(env: Env) -> Cluster:

@@ -24,7 +24,7 @@ from shardemb.outputs import (
     outputs_of,
 )
 from shardemb.placement import ShardingPlan
-from shardemb.planning.planner import make_sharders
+from shardemb.planning.sharders import make_sharders
 from shardemb.planning.torchrec_plan import torchrec_plan
 from shardemb.plans.file import plan_to_file_text
 from shardemb.plans.fit import check_fits

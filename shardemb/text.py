@@ -1,6 +1,7 @@
-"""Numbers and tables for people to read."""
+"""Numbers, names and tables for people to read."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -32,6 +33,19 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def some_names(names: Iterable[str], like: str) -> str:
+    """A few names, and the one that may have been meant.
+
+    Example:
+        >>> some_names(["user", "item"], "usr")
+        "user, item; did you mean 'user'?"
+    """
+    names = list(names)
+    close = difflib.get_close_matches(like, names, n=1)
+    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return shown + (f"; did you mean {close[0]!r}?" if close else "")
 
 
 def format_table(

@@ -13,6 +13,7 @@ from shardemb.layouts import (
 )
 from shardemb.modules.discovery import Table
 from shardemb.optim import RowWiseAdagrad
+from shardemb.placement import ShardingPlan
 from shardemb.planning.geometry import a_rank_stays_empty
 
 _WIDTH_STEP = 4
@@ -149,3 +150,26 @@ def layouts_allowed(table: Table, *, world_size: int, local_world_size: int) -> 
         if kind in simplest
         and why_not(table, kind(), world_size=world_size, local_world_size=local_world_size) is None
     ]
+
+
+def check_slices(plan: ShardingPlan) -> None:
+    """Refuses slices of two widths in one sequence collection, which TorchRec would mix up.
+
+    Args:
+        plan: A plan of named layouts.
+
+    Raises:
+        ValueError: There are two.
+    """
+    widths: dict[str, tuple[int, str]] = {}
+    for table in plan.tables:
+        if table.pooling is not None or "column" not in table.layout:
+            continue
+        width = table.shards[0].num_columns
+        first_width, first = widths.setdefault(table.module, (width, table.table))
+        if width != first_width:
+            raise ValueError(
+                f"tables {first!r} and {table.table!r} of one EmbeddingCollection have slices of "
+                f"{first_width} and {width} columns, and TorchRec needs one width; give both the "
+                "same number of slices, or a collection each"
+            )

@@ -10,57 +10,23 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from torch import nn
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.types import ModuleSharder
-
-from shardemb.constraints import Constraints, kinds_of
+from shardemb.constraints import Constraints
 from shardemb.layouts import LAYOUTS, ColumnWise, DataParallel, GridShard, Layout, TableColumnWise
 from shardemb.modules.discovery import Collection, Table
 from shardemb.planning.candidates import (
     Candidate,
     candidates_of,
-    estimated,
-    kernel_of,
     slice_counts,
     together,
 )
+from shardemb.planning.contradictions import kinds_of
+from shardemb.planning.estimates import estimated
 from shardemb.planning.geometry import may_lie_on, placed, places_of
 from shardemb.planning.layout_rules import layouts_allowed
 from shardemb.planning.problem import Problem
 from shardemb.planning.search import Item, Place, Search
+from shardemb.planning.sharders import make_sharders
 from shardemb.text import format_bytes
-
-
-class _AllLayouts:
-    """What TorchRec's sharders offer only on CUDA: every layout, by fused kernels."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:  # noqa: ARG002
-        """Names of the layouts; `layout_rules` says which of them a table may have."""
-        return list(LAYOUTS)
-
-    def compute_kernels(
-        self,
-        sharding_type: str,
-        compute_device_type: str,  # noqa: ARG002
-    ) -> list[str]:
-        """Names of the kernels."""
-        return [kernel_of(LAYOUTS[sharding_type]())]
-
-
-class PooledSharder(_AllLayouts, EmbeddingBagCollectionSharder):  # type: ignore[misc]
-    """TorchRec's sharder of an `EmbeddingBagCollection`."""
-
-
-class SequenceSharder(_AllLayouts, EmbeddingCollectionSharder):  # type: ignore[misc]
-    """TorchRec's sharder of an `EmbeddingCollection`."""
-
-
-def make_sharders() -> list[ModuleSharder[nn.Module]]:
-    """Sharders of both kinds of collection."""
-    options = {"stochastic_rounding": False}  # of float16 rows on CUDA: CPU knows only the nearest
-    return [PooledSharder(options), SequenceSharder(options)]
 
 
 class Choice(NamedTuple):
@@ -105,7 +71,7 @@ def choose_layouts(problem: Problem) -> dict[str, Choice]:
     return chosen
 
 
-def check_fits(problem: Problem) -> None:
+def refuse_unfit(problem: Problem) -> None:
     """Returns if the tables fit in the memory, and estimates nothing.
 
     Args:

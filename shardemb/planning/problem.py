@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from shardemb.cluster import Cluster
-from shardemb.constraints import Constraints, check_constraints, some_names
+from shardemb.constraints import Constraints
 from shardemb.layouts import Layout
 from shardemb.modules.discovery import Collection, Table
+from shardemb.planning.contradictions import check_constraints
 from shardemb.planning.layout_rules import why_not
+from shardemb.text import some_names
 from shardemb.workload import Workload
 
 

@@ -13,8 +13,7 @@ from shardemb.constraints import DEFAULT_HEADROOM
 from shardemb.env import Env
 from shardemb.modules.discovery import Collection, Table, find_collections
 from shardemb.placement import ShardingPlan, TablePlacement
-from shardemb.plan import check_slices
-from shardemb.planning.layout_rules import why_not
+from shardemb.planning.layout_rules import check_slices, why_not
 from shardemb.plans.file import read_plan
 from shardemb.plans.shards import layout_of
 from shardemb.plans.text import describe_ranks
