@@ -95,6 +95,9 @@ def test_an_impossible_layout_is_refused(where: dict[str, Any], text: str) -> No
 def test_a_negative_rank_is_refused() -> None:
     with pytest.raises(ValueError, match="rank must be a number from 0, got -1"):
         layouts.table_wise(rank=-1)
+    ranks: Any = [0, None]
+    with pytest.raises(ValueError, match="column_wise: ranks must be a number from 0, got None"):
+        layouts.column_wise(ranks)
 
 
 def test_a_model_without_tables_is_refused() -> None:

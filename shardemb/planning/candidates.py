@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from shardemb.cluster import Cluster
-from shardemb.config import BYTES_OF
+from shardemb.config import WIDTH_STEP
 from shardemb.layouts import (
     ColumnWise,
     DataParallel,
@@ -15,7 +15,7 @@ from shardemb.layouts import (
     TableRowWise,
     TableWise,
 )
-from shardemb.planning.geometry import places_of
+from shardemb.planning.geometry import bytes_of_block, largest_block, num_row_blocks, places_of
 
 if TYPE_CHECKING:  # the search knows the candidates, and not TorchRec
     from shardemb.modules.discovery import Table
@@ -73,21 +73,6 @@ class Candidate:
         return self.layouts[0].torchrec_name
 
 
-def bytes_of_block(table: "Table", num_rows: int, num_columns: int) -> tuple[int, int]:
-    """Bytes of the weights and of the optimizer state of a block of a table.
-
-    Args:
-        table: The table.
-        num_rows: Rows of the block.
-        num_columns: Columns of the block.
-
-    Returns:
-        Both; a table that is not trained has no optimizer state.
-    """
-    weights = num_rows * num_columns * BYTES_OF[table.dtype]
-    return weights, table.optimizer.state_bytes(num_rows, num_columns) if table.trainable else 0
-
-
 def slice_counts(width: int, most: int) -> list[int]:
     """Numbers of slices into which columns may be split, each as wide as a kernel reads at a time.
 
@@ -103,7 +88,7 @@ def slice_counts(width: int, most: int) -> list[int]:
         >>> slice_counts(128, 8), slice_counts(48, 8), slice_counts(4, 8)
         ([2, 4], [2], [1])
     """
-    counts = [n for n in range(2, most + 1) if width % (4 * n) == 0]
+    counts = [n for n in range(2, most + 1) if width % (WIDTH_STEP * n) == 0]
     wide = [n for n in counts if width // n >= _NARROWEST_SLICE]
     return wide or counts[:1] or [1]
 
@@ -125,21 +110,24 @@ def candidates_of(
     named = places_of(layout)
     splits = layout.splits_columns
     counts = num_slices if named is None else [len(named) if splits else 1]
-    rows_over = {
-        RowWise: cluster.world_size,
-        TableRowWise: cluster.ranks_per_node,
-        GridShard: cluster.ranks_per_node,
-    }.get(type(layout), 1)
-    num_rows = -(-table.config.num_embeddings // rows_over)
+    sizes = {"world_size": cluster.world_size, "local_world_size": cluster.ranks_per_node}
     copies = cluster.world_size if isinstance(layout, DataParallel) else 1
+    shape = table.config.num_embeddings, table.config.embedding_dim
+    optimizer = table.optimizer if table.trainable else None
     return [
         Candidate(
             layouts=(layout,),
             named_places=named,
             places=_PLACES[type(layout)],
             num_places=count,
-            num_ranks=rows_over * count * copies,
-            num_bytes=sum(bytes_of_block(table, num_rows, table.config.embedding_dim // count)),
+            num_ranks=num_row_blocks(layout, **sizes) * count * copies,
+            num_bytes=sum(
+                bytes_of_block(
+                    *largest_block(layout, shape, count, **sizes),
+                    dtype=table.dtype,
+                    optimizer=optimizer,
+                )
+            ),
         )
         for count in counts
     ]

@@ -22,9 +22,9 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import ModuleSharder
 
 from shardemb.cluster import Cluster
-from shardemb.layouts import DataParallel
 from shardemb.modules.discovery import Collection, Table
 from shardemb.planning.candidates import Candidate, Cost
+from shardemb.planning.geometry import largest_block
 from shardemb.planning.sharders import kernel_of
 from shardemb.workload import Workload
 
@@ -57,7 +57,7 @@ def estimated(
     enumerator.enumerate(nn.Module(), sharders)  # of no tables: it only learns the sharders
     options = {
         name: [
-            _option(found, found.tables[name], candidate, workload)
+            _option(found, found.tables[name], candidate, workload, cluster)
             for candidate in candidates[name]
         ]
         for found in collections.values()
@@ -97,13 +97,16 @@ def topology_of(cluster: Cluster) -> Topology:
 
 
 def _option(
-    found: Collection, table: Table, candidate: Candidate, workload: Workload
+    found: Collection, table: Table, candidate: Candidate, workload: Workload, cluster: Cluster
 ) -> ShardingOption:
-    rows_over = candidate.num_ranks // candidate.num_places
-    if isinstance(candidate.layouts[0], DataParallel):
-        rows_over = 1
-    num_rows = -(-table.config.num_embeddings // rows_over)
-    size = [num_rows, table.config.embedding_dim // candidate.num_places]
+    (layout,) = candidate.layouts
+    size = largest_block(
+        layout,
+        (table.config.num_embeddings, table.config.embedding_dim),
+        candidate.num_places,
+        world_size=cluster.world_size,
+        local_world_size=cluster.ranks_per_node,
+    )
     return ShardingOption(
         name=table.name,
         tensor=table.weight,
@@ -112,8 +115,8 @@ def _option(
         batch_size=workload.batch_size,
         sharding_type=candidate.kind,
         partition_by=get_partition_by_type(candidate.kind),
-        compute_kernel=kernel_of(candidate.layouts[0]),
-        shards=[Shard(size=size, offset=[0, 0])],
+        compute_kernel=kernel_of(layout),
+        shards=[Shard(size=list(size), offset=[0, 0])],
         is_pooled=found.is_pooled,
     )
 

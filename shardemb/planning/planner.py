@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from shardemb.config import WIDTH_STEP
 from shardemb.constraints import Constraints
 from shardemb.layouts import LAYOUTS, ColumnWise, DataParallel, GridShard, Layout, TableColumnWise
 from shardemb.modules.discovery import Collection, Table
@@ -120,7 +121,8 @@ def _num_slices(
         named = [problem.named[name] for name in group if name in problem.named]
         given = [places_of(other) for other in named if other.splits_columns]
         if table.name in group and any(given):
-            return [len(places) for places in given if places and width % (4 * len(places)) == 0]
+            counts = [len(places) for places in given if places]
+            return [count for count in counts if width % (WIDTH_STEP * count) == 0]
     return slice_counts(width, _most_slices(problem, layout, table.name))
 
 
