@@ -90,6 +90,20 @@ def test_colocated_tables_stay_within_the_ranks_of_all_of_them() -> None:
     assert ranks(made)["a"] == ranks(made)["b"] == [2]
 
 
+def test_colocated_tables_take_no_layout_that_the_ranks_of_all_of_them_do_not_hold() -> None:
+    may = ["table_row_wise", "table_column_wise", "column_wise"]
+    together = se.Constraints(
+        colocate=[["a", "b"]],
+        ranks={"a": [0, 1, 2], "b": [1, 2, 3]},
+        layouts={"a": may, "b": may},
+    )
+    # 488 MiB each: they fit in two ranks of two nodes only by column_wise
+    model = se.EmbeddingBagCollection([table(name, 2_000_000) for name in "ab"])
+    made = se.plan_sharding(model, CLUSTER, constraints=together)
+    assert layout_names(made) == {"a": "column_wise", "b": "column_wise"}
+    assert ranks(made) == {"a": [1, 2], "b": [1, 2]}
+
+
 def test_replicated_tables_are_on_every_rank() -> None:
     made = plan(se.Constraints(replicate=["b", "f"]))
     for name in "bf":

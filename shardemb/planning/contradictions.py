@@ -1,6 +1,6 @@
 """Whether constraints contradict named layouts, the tables or each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from shardemb.constraints import Constraints
 from shardemb.layouts import LAYOUTS, DataParallel, Layout
@@ -149,21 +149,7 @@ def _check_group(
     """
     who = f"tables {', '.join(map(repr, group))} are colocated"
     pinned = {name: named[name] for name in group if name in named}
-    for name, layout in pinned.items():
-        first, other = next(iter(pinned.items()))
-        if layout.torchrec_name != other.torchrec_name:
-            raise ValueError(
-                f"{who}, and {first!r} is named {other} but {name!r} {layout}; name one layout for "
-                "both"
-            )
-    placed = [(name, layout) for name, layout in pinned.items() if places_of(layout)]
-    for name, layout in placed:
-        first, other = placed[0]
-        if places_of(layout) != places_of(other):
-            raise ValueError(
-                f"{who}, and {first!r} is pinned to {other} but {name!r} to {layout}; pin them to "
-                "the same ranks"
-            )
+    _check_pinned(pinned, who)
     kinds = [
         {pinned[name].torchrec_name}
         if name in pinned
@@ -179,12 +165,59 @@ def _check_group(
                 for name, of in zip(group, kinds, strict=True)
             )
         )
-    ranks = set(range(sizes["world_size"])).intersection(
-        *(constraints.ranks[name] for name in group if name in constraints.ranks)
-    )
-    layouts = [placed[0][1]] if placed else [LAYOUTS[kind]() for kind in both]
-    if not any(may_lie_on(layout, ranks, **sizes) for layout in layouts):
+    placed = [layout for layout in pinned.values() if places_of(layout)]
+    layouts = placed[:1] or [LAYOUTS[kind]() for kind in both]
+    ranks = common_ranks(constraints, group)
+    if ranks is not None and not any(may_lie_on(layout, ranks, **sizes) for layout in layouts):
         raise ValueError(
-            f"{who}, and the ranks that all of them may lie on, {sorted(ranks) or 'none'}, do not "
+            f"{who}, and the ranks that all of them may lie on, {list(ranks) or 'none'}, do not "
             f"hold {' or '.join(sorted(map(str, layouts)))}; allow them the same ranks"
         )
+
+
+def _check_pinned(pinned: Mapping[str, Layout], who: str) -> None:
+    """Refuses named layouts of tables that lie together, of two kinds or on other ranks.
+
+    Raises:
+        ValueError: They differ.
+    """
+    kinds = {name: layout.torchrec_name for name, layout in pinned.items()}
+    of_both = _first_that_differs(kinds)
+    if of_both:
+        first, name = of_both
+        raise ValueError(
+            f"{who}, and {first!r} is named {pinned[first]} but {name!r} {pinned[name]}; name one "
+            "layout for both"
+        )
+    places = {name: places_of(layout) for name, layout in pinned.items() if places_of(layout)}
+    of_both = _first_that_differs(places)
+    if of_both:
+        first, name = of_both
+        raise ValueError(
+            f"{who}, and {first!r} is pinned to {pinned[first]} but {name!r} to {pinned[name]}; "
+            "pin them to the same ranks"
+        )
+
+
+def _first_that_differs(values: Mapping[str, object]) -> tuple[str, str] | None:
+    """The first name, and the first whose value is another."""
+    first = next(iter(values), "")
+    return next(((first, name) for name in values if values[name] != values[first]), None)
+
+
+def common_ranks(constraints: Constraints, names: Iterable[str]) -> tuple[int, ...] | None:
+    """The ranks that may hold each of some tables.
+
+    Args:
+        constraints: The constraints.
+        names: Of the tables.
+
+    Returns:
+        The ranks in order; None if all may.
+
+    Example:
+        >>> common_ranks(Constraints(ranks={"a": [0, 2, 1], "b": [3, 1, 2]}), ["a", "b", "c"])
+        (1, 2)
+    """
+    allowed = [set(constraints.ranks[name]) for name in names if name in constraints.ranks]
+    return tuple(sorted(set.intersection(*allowed))) if allowed else None
