@@ -91,17 +91,20 @@ def test_colocated_tables_stay_within_the_ranks_of_all_of_them() -> None:
 
 
 def test_colocated_tables_take_no_layout_that_the_ranks_of_all_of_them_do_not_hold() -> None:
-    may = ["table_row_wise", "table_column_wise", "column_wise"]
+    nodes_of_four = replace(CLUSTER, ranks_per_node=4)
+    may = ["table_row_wise", "column_wise"]
     together = se.Constraints(
         colocate=[["a", "b"]],
-        ranks={"a": [0, 1, 2], "b": [1, 2, 3]},
+        ranks={"a": [0, 1, 2, 3, 4], "b": [1, 4, 5, 6, 7]},  # a node each, and none together
         layouts={"a": may, "b": may},
     )
-    # 488 MiB each: they fit in two ranks of two nodes only by column_wise
-    model = se.EmbeddingBagCollection([table(name, 2_000_000) for name in "ab"])
-    made = se.plan_sharding(model, CLUSTER, constraints=together)
+    model = se.EmbeddingBagCollection([table(name, 3_000_000) for name in "ab"])  # 732 MiB each
+    made = se.plan_sharding(model, nodes_of_four, constraints=together)
     assert layout_names(made) == {"a": "column_wise", "b": "column_wise"}
-    assert ranks(made) == {"a": [1, 2], "b": [1, 2]}
+    assert ranks(made) == {"a": [1, 4], "b": [1, 4]}
+    large = se.EmbeddingBagCollection([table(name, 4_000_000) for name in "ab"])
+    with pytest.raises(RunError, match="tables 'a', 'b' as column_wise need 977 MiB on rank 4, an"):
+        se.plan_sharding(large, nodes_of_four, constraints=together)
 
 
 def test_replicated_tables_are_on_every_rank() -> None:
