@@ -121,6 +121,29 @@ class Cluster:
         )
 
 
+def check_where(where: object) -> None:
+    """Refuses what names no ranks.
+
+    Args:
+        where: Should be an `Env` or a `Cluster`.
+
+    Raises:
+        ValueError: It is neither.
+
+    Example:
+        >>> check_where(Cluster.preset("h100"))
+    """
+    if isinstance(where, Cluster):
+        return
+    from shardemb.env import Env
+
+    if not isinstance(where, Env):
+        raise ValueError(
+            "the ranks must be the Env of init_distributed, or a Cluster such as "
+            f"Cluster.preset('h100'), got {where!r}"
+        )
+
+
 def cluster_of(env: "Env") -> Cluster:
     """The ranks of an environment as a cluster.
 

@@ -43,12 +43,21 @@ class Constraints:
                 f"than 1, got {self.headroom!r}"
             )
         for name in ("layouts", "ranks"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(
+                    f"constraints: {name} must be lists by table, such as {{'user': "
+                    f"{['row_wise'] if name == 'layouts' else [0, 1]}}}, got "
+                    f"{getattr(self, name)!r}"
+                )
             given = {
                 table: _tuple(values, f"{name} of table {table!r}")
                 for table, values in getattr(self, name).items()
             }
             object.__setattr__(self, name, given)
-        groups = tuple(_tuple(group, "a group of colocate") for group in self.colocate)
+        groups = tuple(
+            _tuple(group, "a group of colocate")
+            for group in _tuple(self.colocate, "colocate", may_be_empty=True)
+        )
         object.__setattr__(self, "colocate", groups)
         object.__setattr__(
             self, "replicate", _tuple(self.replicate, "replicate", may_be_empty=True)

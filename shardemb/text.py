@@ -35,7 +35,7 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def some_names(names: Iterable[str], like: str) -> str:
+def some_names(names: Iterable[str], like: object) -> str:
     """A few names, and the one that may have been meant.
 
     Example:
@@ -43,7 +43,7 @@ def some_names(names: Iterable[str], like: str) -> str:
         "user, item; did you mean 'user'?"
     """
     names = list(names)
-    close = difflib.get_close_matches(like, names, n=1)
+    close = difflib.get_close_matches(str(like), names, n=1)
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     return shown + (f"; did you mean {close[0]!r}?" if close else "")
 

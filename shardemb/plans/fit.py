@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from shardemb.agree import all_or_none
-from shardemb.cluster import Cluster, cluster_of
+from shardemb.cluster import Cluster, check_where, cluster_of
 from shardemb.constraints import DEFAULT_HEADROOM
 from shardemb.env import Env
 from shardemb.modules.discovery import Collection, Table, find_collections
@@ -36,9 +36,10 @@ def load_plan(path: str | Path, model: nn.Module, where: Env | Cluster) -> Shard
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged or of another format, or the plan no longer fits: tables
-            were added, removed, renamed or changed, the ranks are others or have too little memory,
-            or a table may not have its layout. The message lists what changed.
+        ValueError: `where` is neither, the file is damaged or of another format, or the plan no
+            longer fits: tables were added, removed, renamed or changed, the ranks are others or
+            have too little memory, or a table may not have its layout. The message lists what
+            changed.
         OtherRankError: Another rank of this run refused it.
 
     Example:
@@ -53,6 +54,7 @@ def load_plan(path: str | Path, model: nn.Module, where: Env | Cluster) -> Shard
         >>> load_plan(path, model, se.Env(world_size=2)) == plan
         True
     """
+    check_where(where)
     if not isinstance(where, Env) or not where.is_live:
         return _load(path, model, where)
     with all_or_none(where, f"reading the plan {path}"):
