@@ -25,7 +25,7 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 import shardemb as se
 from shardemb import layouts, optim
 from shardemb.env import Env
-from shardemb.planning.planner import PooledSharder
+from shardemb.planning.sharders import PooledSharder
 
 NUM_TABLES, NUM_EMBEDDINGS, EMBEDDING_DIM, LR = 26, 100_000, 64, 0.01
 NAMES = [f"t{number}" for number in range(NUM_TABLES)]

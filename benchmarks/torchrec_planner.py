@@ -15,9 +15,9 @@ import shardemb as se
 from shardemb.constraints import DEFAULT_HEADROOM
 from shardemb.modules.discovery import Table, find_collections
 from shardemb.optim import SparseOptimizer
-from shardemb.planning.candidates import topology_of
+from shardemb.planning.estimates import topology_of
 from shardemb.planning.layout_rules import layouts_allowed
-from shardemb.planning.planner import make_sharders
+from shardemb.planning.sharders import make_sharders
 
 KERNELS = ["fused", "dense"]
 

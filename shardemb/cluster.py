@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from shardemb.planning.host_memory import host_memory_bytes
-from shardemb.planning.machines import GPUS_PER_NODE, MACHINES, Machine, machine_of
+from shardemb.host_memory import host_memory_bytes
+from shardemb.machines import GPUS_PER_NODE, MACHINES, Machine, machine_of
 
 if TYPE_CHECKING:  # a plan is read and compared without torch
     from shardemb.env import Env
@@ -88,7 +88,7 @@ class Cluster:
     def preset(
         cls, name: str, *, num_nodes: int = 1, ranks_per_node: int = GPUS_PER_NODE
     ) -> "Cluster":
-        """A cluster of common machines, by the figures of `shardemb.planning.machines`.
+        """A cluster of common machines, by the figures of `shardemb.machines`.
 
         Args:
             name: Of the machine: "h100", "h200", "b200", "a100-80gb", "a100-40gb", "v100", "a10g"
@@ -121,11 +121,34 @@ class Cluster:
         )
 
 
+def check_where(where: object) -> None:
+    """Refuses what names no ranks.
+
+    Args:
+        where: Should be an `Env` or a `Cluster`.
+
+    Raises:
+        ValueError: It is neither.
+
+    Example:
+        >>> check_where(Cluster.preset("h100"))
+    """
+    if isinstance(where, Cluster):
+        return
+    from shardemb.env import Env
+
+    if not isinstance(where, Env):
+        raise ValueError(
+            "the ranks must be the Env of init_distributed, or a Cluster such as "
+            f"Cluster.preset('h100'), got {where!r}"
+        )
+
+
 def cluster_of(env: "Env") -> Cluster:
     """The ranks of an environment as a cluster.
 
     Those of this run have the memory that is here: the CUDA device's, or on CPU an equal part of
-    this node's for each rank on it. Bandwidths are those of `planning/machines.py` where the GPU is
+    this node's for each rank on it. Bandwidths are those of `machines.py` where the GPU is
     among them, and else defaults; `shardemb plan --probe` measures them. An environment that was
     made by hand is of another machine, and has 32 GiB of device memory or 128 GiB of host memory a
     rank, as TorchRec assumes: describe that machine by a `Cluster` instead.

@@ -10,7 +10,8 @@ from shardemb.optim import RowWiseAdagrad, SparseOptimizer
 
 MAX_NUM_EMBEDDINGS = 2**31 - 1  # FBGEMM holds row numbers of a table in 32 bits on some paths
 
-
+WIDTH_STEP = 4
+"""Columns come in fours: FBGEMM's kernels read four floats at a time."""
 BYTES_OF = {"float32": 4, "float16": 2}
 """Bytes of a value of each dtype that rows may have."""
 OutOfRange = Literal["raise", "drop", "clamp", "hash", "oov_row"]
@@ -76,10 +77,10 @@ class TableConfig:
                 f"{table}: num_embeddings must be at most {MAX_NUM_EMBEDDINGS}, got "
                 f"{self.num_embeddings}; hash the ids into fewer rows"
             )
-        if self.embedding_dim % 4:
+        if self.embedding_dim % WIDTH_STEP:
             raise ValueError(
-                f"{table}: embedding_dim must be a positive multiple of 4, got "
-                f"{self.embedding_dim}; use {self.embedding_dim + -self.embedding_dim % 4}"
+                f"{table}: embedding_dim must be a positive multiple of {WIDTH_STEP}, got "
+                f"{self.embedding_dim}; use {self.embedding_dim + -self.embedding_dim % WIDTH_STEP}"
             )
         self._check_features(table)
         for name, chosen, allowed in (

@@ -1,14 +1,10 @@
-"""What a plan must keep to beside named layouts, and whether the wishes contradict each other."""
+"""What a plan must keep to beside named layouts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardemb.layouts import LAYOUTS, DataParallel, Layout
-from shardemb.modules.discovery import Table
-from shardemb.planning.geometry import may_lie_on, places_of
-from shardemb.planning.layout_rules import why_not
-from shardemb.text import some_names
+from shardemb.layouts import LAYOUTS
 
 DEFAULT_HEADROOM = 0.15
 
@@ -47,12 +43,21 @@ class Constraints:
                 f"than 1, got {self.headroom!r}"
             )
         for name in ("layouts", "ranks"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(
+                    f"constraints: {name} must be lists by table, such as {{'user': "
+                    f"{['row_wise'] if name == 'layouts' else [0, 1]}}}, got "
+                    f"{getattr(self, name)!r}"
+                )
             given = {
                 table: _tuple(values, f"{name} of table {table!r}")
                 for table, values in getattr(self, name).items()
             }
             object.__setattr__(self, name, given)
-        groups = tuple(_tuple(group, "a group of colocate") for group in self.colocate)
+        groups = tuple(
+            _tuple(group, "a group of colocate")
+            for group in _tuple(self.colocate, "colocate", may_be_empty=True)
+        )
         object.__setattr__(self, "colocate", groups)
         object.__setattr__(
             self, "replicate", _tuple(self.replicate, "replicate", may_be_empty=True)
@@ -91,186 +96,6 @@ class Constraints:
             raise ValueError(
                 f"constraints: table {twice[0]!r} is in two groups of colocate; make one of them"
             )
-
-
-def check_constraints(
-    constraints: Constraints,
-    tables: Mapping[str, Table],
-    named: Mapping[str, Layout],
-    *,
-    world_size: int,
-    local_world_size: int,
-) -> None:
-    """Refuses constraints that no plan can keep to, whatever the memory.
-
-    Args:
-        constraints: The constraints.
-        tables: All tables of the model.
-        named: The layouts that are named.
-        world_size: Number of ranks.
-        local_world_size: Number of ranks on each node.
-
-    Raises:
-        ValueError: A table is unknown, a rank is out of range, or a table is left without a layout;
-            the message names the table and what contradicts what.
-    """
-    _check_names(constraints, tables)
-    sizes = {"world_size": world_size, "local_world_size": local_world_size}
-    for name, ranks in constraints.ranks.items():
-        if max(ranks) >= world_size:
-            raise ValueError(
-                f"constraints: table {name!r} may lie on rank {max(ranks)}, and the plan is for "
-                f"{world_size} ranks; use ranks in 0..{world_size - 1}"
-            )
-    for name, table in tables.items():
-        reason = _why_none(constraints, table, named.get(name), sizes)
-        if reason:
-            raise ValueError(f"table {name!r} {reason}")
-    for group in constraints.colocate:
-        _check_group(constraints, group, tables, named, sizes)
-
-
-def kinds_of(
-    constraints: Constraints, table: Table, *, world_size: int, local_world_size: int
-) -> list[str]:
-    """Names of the layouts that constraints leave to a table which none is named for.
-
-    Args:
-        constraints: The constraints.
-        table: The table.
-        world_size: Number of ranks.
-        local_world_size: Number of ranks on each node.
-
-    Returns:
-        Names; those that the table itself cannot have are left out.
-    """
-    sizes = {"world_size": world_size, "local_world_size": local_world_size}
-    allowed = constraints.layouts.get(table.name, tuple(LAYOUTS))
-    if table.name in constraints.replicate:
-        allowed = tuple({DataParallel.torchrec_name}.intersection(allowed))
-    names = [
-        name
-        for name, kind in LAYOUTS.items()
-        if name in allowed and why_not(table, kind(), **sizes) is None
-    ]
-    ranks = constraints.ranks.get(table.name)
-    if ranks is None:
-        return names
-    return [name for name in names if may_lie_on(LAYOUTS[name](), ranks, **sizes)]
-
-
-def _check_names(constraints: Constraints, tables: Mapping[str, Table]) -> None:
-    mentioned = {
-        "layouts": constraints.layouts,
-        "ranks": constraints.ranks,
-        "colocate": [table for group in constraints.colocate for table in group],
-        "replicate": constraints.replicate,
-    }
-    for where, names in mentioned.items():
-        for name in names:
-            if name not in tables:
-                raise ValueError(
-                    f"constraints: {where} names table {name!r}, the model has "
-                    f"{some_names(tables, name)}"
-                )
-
-
-def _why_none(
-    constraints: Constraints, table: Table, named: Layout | None, sizes: Mapping[str, int]
-) -> str | None:
-    """What contradicts what, of one table."""
-    name = table.name
-    allowed = constraints.layouts.get(name)
-    if name in constraints.replicate:
-        reason = why_not(table, DataParallel(), **sizes)
-        if reason:
-            return f"must be replicated, and {reason}"
-        if named is not None and not isinstance(named, DataParallel):
-            return f"must be replicated, and is named {named}; drop one of the two"
-        if allowed is not None and DataParallel.torchrec_name not in allowed:
-            return (
-                f"must be replicated, and its layouts are only {', '.join(allowed)}; allow "
-                "data_parallel or drop it from replicate"
-            )
-    if named is not None and allowed is not None and named.torchrec_name not in allowed:
-        return (
-            f"is named {named}, and its layouts are only {', '.join(allowed)}; name one of them "
-            "or allow it"
-        )
-    ranks = constraints.ranks.get(name)
-    if named is not None:
-        if ranks is not None and not may_lie_on(named, ranks, **sizes):
-            return (
-                f"is named {named}, and may lie on ranks {sorted(set(ranks))} only, which do not "
-                "hold it; allow more ranks or name another layout"
-            )
-        return None
-    if kinds_of(constraints, table, **sizes):
-        return None
-    ways = (DataParallel.torchrec_name,) if name in constraints.replicate else allowed
-    reasons = [why_not(table, LAYOUTS[kind](), **sizes) for kind in ways or LAYOUTS]
-    reason = next((text for text in reasons if text), "no such layout lies on those ranks alone")
-    return (
-        "is left without a layout: it may have "
-        f"{', '.join(ways) if ways else 'any'}"
-        f"{'' if ranks is None else f' on ranks {sorted(set(ranks))}'}, and {reason}; allow "
-        "table_wise"
-    )
-
-
-def _check_group(
-    constraints: Constraints,
-    group: Sequence[str],
-    tables: Mapping[str, Table],
-    named: Mapping[str, Layout],
-    sizes: Mapping[str, int],
-) -> None:
-    """Refuses a group whose tables cannot have one layout on the same ranks.
-
-    Raises:
-        ValueError: They cannot.
-    """
-    who = f"tables {', '.join(map(repr, group))} are colocated"
-    pinned = {name: named[name] for name in group if name in named}
-    for name, layout in pinned.items():
-        first, other = next(iter(pinned.items()))
-        if layout.torchrec_name != other.torchrec_name:
-            raise ValueError(
-                f"{who}, and {first!r} is named {other} but {name!r} {layout}; name one layout for "
-                "both"
-            )
-    placed = [(name, layout) for name, layout in pinned.items() if places_of(layout)]
-    for name, layout in placed:
-        first, other = placed[0]
-        if places_of(layout) != places_of(other):
-            raise ValueError(
-                f"{who}, and {first!r} is pinned to {other} but {name!r} to {layout}; pin them to "
-                "the same ranks"
-            )
-    kinds = [
-        {pinned[name].torchrec_name}
-        if name in pinned
-        else set(kinds_of(constraints, tables[name], **sizes))
-        for name in group
-    ]
-    both = set.intersection(*kinds)
-    if not both:
-        raise ValueError(
-            f"{who}, and no layout is left to all of them: "
-            + "; ".join(
-                f"{name!r} may have {', '.join(sorted(of))}"
-                for name, of in zip(group, kinds, strict=True)
-            )
-        )
-    ranks = set(range(sizes["world_size"])).intersection(
-        *(constraints.ranks[name] for name in group if name in constraints.ranks)
-    )
-    layouts = [placed[0][1]] if placed else [LAYOUTS[kind]() for kind in both]
-    if not any(may_lie_on(layout, ranks, **sizes) for layout in layouts):
-        raise ValueError(
-            f"{who}, and the ranks that all of them may lie on, {sorted(ranks) or 'none'}, do not "
-            f"hold {' or '.join(sorted(map(str, layouts)))}; allow them the same ranks"
-        )
 
 
 def _tuple(values: Any, what: str, *, may_be_empty: bool = False) -> tuple[Any, ...]:

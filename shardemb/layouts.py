@@ -11,13 +11,8 @@ from typing import Any, ClassVar
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
     torchrec_name: ClassVar[str]
+    splits_rows: ClassVar[bool] = False
     splits_columns: ClassVar[bool] = False
-
-    @property
-    def is_placed(self) -> bool:
-        """Whether it says where every part lies, and leaves nothing to the planner."""
-        where = (getattr(self, name, ()) for name in ("rank", "ranks", "node", "nodes"))
-        return all(value is not None for value in where)
 
     def __str__(self) -> str:
         given = [
@@ -33,6 +28,7 @@ class RowWise(_Layout):
     """Each rank holds a block of ceil(num_embeddings / world_size) rows, the last the rest."""
 
     torchrec_name: ClassVar[str] = "row_wise"
+    splits_rows: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +43,8 @@ class TableWise(_Layout):
     torchrec_name: ClassVar[str] = "table_wise"
 
     def __post_init__(self) -> None:
-        _check_number("table_wise", "rank", self.rank)
+        if self.rank is not None:
+            _check_number("table_wise", "rank", self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +76,11 @@ class TableRowWise(_Layout):
 
     node: int | None = None
     torchrec_name: ClassVar[str] = "table_row_wise"
+    splits_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_number("table_row_wise", "node", self.node)
+        if self.node is not None:
+            _check_number("table_row_wise", "node", self.node)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +113,7 @@ class GridShard(_Layout):
     nodes: tuple[int, ...] | None = None
     accumulator_per_slice: bool = False
     torchrec_name: ClassVar[str] = "grid_shard"
+    splits_rows: ClassVar[bool] = True
     splits_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -279,7 +279,7 @@ def _tuple(numbers: Iterable[int] | None) -> Any:
 
 
 def _check_number(layout: str, name: str, value: object) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{layout}: {name} must be a number from 0, got {value!r}")
 
 
@@ -292,7 +292,7 @@ def _check_numbers(layout: ColumnWise | TableColumnWise | GridShard, name: str) 
             f"{layout.torchrec_name}: {name} must be a list of numbers from 0, got {values!r}"
         )
     for value in values:
-        _check_number(layout.torchrec_name, name, -1 if value is None else value)
+        _check_number(layout.torchrec_name, name, value)
     if len(set(values)) < len(values):
         raise ValueError(
             f"{layout.torchrec_name}: {name} must differ, got {values!r}; name each once"

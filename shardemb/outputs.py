@@ -13,10 +13,8 @@ import torch
 from torch import nn
 from torchrec import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from shardemb.layouts import DataParallel, GridShard, RowWise, TableRowWise
+from shardemb.layouts import LAYOUTS, DataParallel
 from shardemb.modules.discovery import Collection
-
-_SPLIT_BY_ROWS = {kind.torchrec_name for kind in (RowWise, TableRowWise, GridShard)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ def outputs_of(collection: Collection, layout_of: Mapping[str, str]) -> dict[str
             name = f"{feature}@{table.name}" if feature in shared else feature
             outputs[name] = _Output(
                 feature=feature,
-                mean=table.pooling == "mean" and layout in _SPLIT_BY_ROWS,
+                mean=table.pooling == "mean" and LAYOUTS[layout].splits_rows,
                 frozen=not table.trainable,
                 replicated=layout == DataParallel.torchrec_name,
             )

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shardemb.agree import all_or_none
-from shardemb.cluster import Cluster, cluster_of
+from shardemb.cluster import Cluster, check_where, cluster_of
 from shardemb.constraints import Constraints
 from shardemb.env import Env
 from shardemb.errors import RunError
@@ -16,6 +16,7 @@ from shardemb.layouts import Layout
 from shardemb.modules.discovery import Collection, Table, find_collections
 from shardemb.placement import ShardingPlan, TablePlacement
 from shardemb.planning.fits import what_does_not_fit
+from shardemb.planning.layout_rules import check_slices
 from shardemb.planning.planner import Choice, choose_layouts
 from shardemb.planning.problem import Problem, check_problem
 from shardemb.planning.search import DoesNotFitError
@@ -49,9 +50,9 @@ def plan_sharding(
         The plan. The ranks of this run have agreed on it.
 
     Raises:
-        ValueError: The model has no collection or one that is not supported, a table name is
-            unknown or not unique, a layout does not fit its table or the ranks, or constraints
-            contradict each other.
+        ValueError: `where` is neither, the model has no collection or one that is not supported, a
+            table or feature name is unknown or not unique, a layout does not fit its table or the
+            ranks, the profile does not fit a table, or constraints contradict each other.
         RunError: The tables do not fit in the ranks' memory, ranks of this run come to different
             plans, or another rank failed.
 
@@ -65,7 +66,8 @@ def plan_sharding(
         >>> [shard.num_rows for shard in plan.tables[0].shards]
         [250, 250, 250, 250]
     """
-    wishes = (dict(layouts or {}), workload or Workload(), constraints or Constraints())
+    check_where(where)
+    wishes = (layouts or {}, workload or Workload(), constraints or Constraints())
     if isinstance(where, Cluster):
         return _plan(model, where, *wishes)
     if not where.is_live:
@@ -141,29 +143,6 @@ def _placement(found: Collection, table: Table, choice: Choice, cluster: Cluster
     )
 
 
-def check_slices(plan: ShardingPlan) -> None:
-    """Refuses slices of two widths in one sequence collection, which TorchRec would mix up.
-
-    Args:
-        plan: A plan of named layouts.
-
-    Raises:
-        ValueError: There are two.
-    """
-    widths: dict[str, tuple[int, str]] = {}
-    for table in plan.tables:
-        if table.pooling is not None or "column" not in table.layout:
-            continue
-        width = table.shards[0].num_columns
-        first_width, first = widths.setdefault(table.module, (width, table.table))
-        if width != first_width:
-            raise ValueError(
-                f"tables {first!r} and {table.table!r} of one EmbeddingCollection have slices of "
-                f"{first_width} and {width} columns, and TorchRec needs one width; give both the "
-                "same number of slices, or a collection each"
-            )
-
-
 def _agreed_cluster(env: Env) -> Cluster:
     """The cluster of this run, with the least memory that a rank has.
 
@@ -187,27 +166,42 @@ def _check_agreed(plan: ShardingPlan, env: Env) -> None:
     """
     if env.world_size == 1:
         return
-    digest_of = {table.table: _digest(table) for table in plan.tables}
+    mine = _said(plan)
     digests = [""] * env.world_size
-    dist.all_gather_object(digests, hashlib.sha256(repr(digest_of).encode()).hexdigest())
+    dist.all_gather_object(digests, _digest(mine))
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is None:
         return
-    of_both: list[dict[str, str]] = [digest_of if env.rank == rank else {} for rank in (0, other)]
-    for i, rank in enumerate((0, other)):
-        box = [of_both[i]]
-        dist.broadcast_object_list(box, src=rank)
-        of_both[i] = box[0]
-    differ = sorted({name for name, _ in of_both[0].items() ^ of_both[1].items()})
+    of_ranks: list[dict[str, str]] = [{}] * env.world_size
+    dist.all_gather_object(of_ranks, mine if env.rank in {0, other} else {})
     raise RunError(
-        f"rank {other} planned otherwise than rank 0, tables {', '.join(map(repr, differ[:5]))}"
-        f"{' and more' if len(differ) > 5 else ''}; declare the same tables and name the same "
-        "layouts on every rank"
+        f"rank {other} planned otherwise than rank 0, "
+        f"{_what_differs(of_ranks[0], of_ranks[other])}; declare the same tables in the same order "
+        "and give the same layouts, workload and constraints on every rank"
     )
 
 
-def _digest(table: TablePlacement) -> str:
-    """A table's declaration and place, in few bytes."""
-    said = replace(table, shards=())
-    places = [shard.rank for shard in table.shards]
-    return hashlib.sha256(repr((said, places)).encode()).hexdigest()[:16]
+def _said(plan: ShardingPlan) -> dict[str, str]:
+    """What a plan says of each table and of the workload, in few bytes; in the tables' order."""
+    workload, profile = plan.workload, plan.workload.profile
+    said: dict[str, object] = {
+        "batch_size of the workload": workload.batch_size,
+        "ids_per_sample of the workload": sorted(workload.ids_per_sample.items()),
+        "profile of the workload": profile and (profile.source, sorted(profile.features.items())),
+    }
+    for table in plan.tables:
+        places = [shard.rank for shard in table.shards]
+        said[f"table {table.table!r}"] = replace(table, shards=()), places
+    return {name: _digest(value) for name, value in said.items()}
+
+
+def _what_differs(one: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """Names of what two ranks said otherwise."""
+    differ = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    if not differ:
+        return "in the order of its tables"
+    return f"in {', '.join(differ[:5])}{' and more' if len(differ) > 5 else ''}"
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]

@@ -22,7 +22,7 @@ from shardemb.optim import SparseOptimizer
 from shardemb.optim.replicated import mark_replicated
 from shardemb.outputs import FinishPooled, FinishSequences, outputs_of
 from shardemb.placement import ShardingPlan
-from shardemb.planning.planner import make_sharders
+from shardemb.planning.sharders import make_sharders
 from shardemb.planning.torchrec_plan import torchrec_plan
 from shardemb.plans.file import plan_to_file_text
 from shardemb.plans.fit import check_fits

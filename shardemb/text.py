@@ -1,4 +1,4 @@
-"""Numbers and tables for people to read."""
+"""Numbers, names and tables for people to read."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -35,7 +35,7 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: object, names: Iterable[str]) -> str:
     """Asks for the name that may have been meant, if one of them is like it.
 
     Example:
@@ -46,7 +46,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else ""
 
 
-def some_names(names: Iterable[str], like: str) -> str:
+def some_names(names: Iterable[str], like: object) -> str:
     """A few names, and the one that may have been meant.
 
     Example:

@@ -222,16 +222,11 @@ def _ids(
         ValueError: The profile has ids that the table does not have.
     """
     total = workload.batch_size * workload.ids_of(feature)
-    profile = None if workload.profile is None else workload.profile.features.get(feature)
-    if profile is None or not profile.num_ids:
-        return total * rows_S / table.num_embeddings
-    end_S = first_S + rows_S
-    if profile.ids_before([table.num_embeddings])[0] < profile.num_ids:
-        raise ValueError(
-            f"the profile has ids of feature {feature!r} that table {table.table!r} does not have, "
-            f"of {table.num_embeddings} rows; it was counted for {profile.num_embeddings}"
-        )
-    counted_S = profile.ids_before(end_S) - profile.ids_before(first_S)
+    rows = table.num_embeddings
+    profile = workload.profile_of(feature, table=table.table, num_embeddings=rows)
+    if profile is None:
+        return total * rows_S / rows
+    counted_S = profile.ids_before(first_S + rows_S) - profile.ids_before(first_S)
     return total * counted_S / profile.num_ids
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 
-from shardemb.data.profile import DataProfile
+from shardemb.data.profile import DataProfile, FeatureProfile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,15 @@ class Workload:
         batch_size: Samples of each rank in a step.
         ids_per_sample: Mean number of ids in a bag of a feature, its pooling factor, by feature;
             for others that of the profile, or 1.
-        profile: Measured on a data set: pooling factors, and how ids spread over rows.
+        profile: Measured on a data set: pooling factors, and how ids spread over rows. It may know
+            more features than the tables do.
+
+    Raises:
+        ValueError: A field is out of its range.
+
+    Example:
+        >>> Workload(ids_per_sample={"clicked": 2.5}).ids_of("clicked")
+        2.5
     """
 
     batch_size: int = 512
@@ -22,14 +31,26 @@ class Workload:
     profile: DataProfile | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"workload: batch_size must be at least 1, got {self.batch_size}")
+        size = self.batch_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"workload: batch_size must be a positive integer, got {size!r}")
+        if not isinstance(self.ids_per_sample, Mapping):
+            raise ValueError(
+                "workload: ids_per_sample must be numbers by feature, such as "
+                f"{{'clicked': 2.5}}, got {self.ids_per_sample!r}"
+            )
         for feature, number in self.ids_per_sample.items():
-            if not 0 <= number < float("inf"):
+            is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+            if not is_number or not 0 <= number < float("inf"):
                 raise ValueError(
                     f"workload: ids_per_sample of feature {feature!r} must be a number from 0, "
-                    f"got {number}"
+                    f"got {number!r}"
                 )
+        if not isinstance(self.profile, (DataProfile, NoneType)):
+            raise ValueError(
+                "workload: profile must be a DataProfile, such as load_profile returns, got "
+                f"{self.profile!r}"
+            )
 
     def ids_of(self, feature: str) -> float:
         """Mean number of ids of a feature in a sample."""
@@ -38,3 +59,29 @@ class Workload:
         if self.profile is not None and feature in self.profile.features:
             return self.profile.features[feature].ids_per_sample
         return 1.0
+
+    def profile_of(self, feature: str, *, table: str, num_embeddings: int) -> FeatureProfile | None:
+        """How the ids of a feature spread over the rows of a table.
+
+        Args:
+            feature: The feature.
+            table: The table that it looks up.
+            num_embeddings: Rows of the table.
+
+        Returns:
+            What was measured; None if nothing was.
+
+        Raises:
+            ValueError: The profile has ids that the table does not have.
+        """
+        found = None if self.profile is None else self.profile.features.get(feature)
+        if found is None or not found.num_ids:
+            return None
+        if found.ids_before([num_embeddings])[0] < found.num_ids:
+            raise ValueError(
+                f"the profile has ids of feature {feature!r} that table {table!r} does not have, "
+                f"of {num_embeddings} rows; it was counted for {found.num_embeddings}: profile the "
+                f"data again with num_embeddings={num_embeddings}, or leave the feature out of the "
+                "profile"
+            )
+        return found

@@ -12,9 +12,9 @@ import torch
 import shardemb as se
 from shardemb.cluster import Cluster, cluster_of
 from shardemb.env import Env
-from shardemb.planning.candidates import topology_of
-from shardemb.planning.host_memory import host_memory_bytes
-from shardemb.planning.machines import MACHINES, machine_of
+from shardemb.host_memory import host_memory_bytes
+from shardemb.machines import MACHINES, machine_of
+from shardemb.planning.estimates import topology_of
 from shardemb.planning.probe import probe
 from tests.spmd import spmd
 

@@ -90,6 +90,23 @@ def test_colocated_tables_stay_within_the_ranks_of_all_of_them() -> None:
     assert ranks(made)["a"] == ranks(made)["b"] == [2]
 
 
+def test_colocated_tables_take_no_layout_that_the_ranks_of_all_of_them_do_not_hold() -> None:
+    nodes_of_four = replace(CLUSTER, ranks_per_node=4)
+    may = ["table_row_wise", "column_wise"]
+    together = se.Constraints(
+        colocate=[["a", "b"]],
+        ranks={"a": [0, 1, 2, 3, 4], "b": [1, 4, 5, 6, 7]},  # a node each, and none together
+        layouts={"a": may, "b": may},
+    )
+    model = se.EmbeddingBagCollection([table(name, 3_000_000) for name in "ab"])  # 732 MiB each
+    made = se.plan_sharding(model, nodes_of_four, constraints=together)
+    assert layout_names(made) == {"a": "column_wise", "b": "column_wise"}
+    assert ranks(made) == {"a": [1, 4], "b": [1, 4]}
+    large = se.EmbeddingBagCollection([table(name, 4_000_000) for name in "ab"])
+    with pytest.raises(RunError, match="tables 'a', 'b' as column_wise need 977 MiB on rank 4, an"):
+        se.plan_sharding(large, nodes_of_four, constraints=together)
+
+
 def test_replicated_tables_are_on_every_rank() -> None:
     made = plan(se.Constraints(replicate=["b", "f"]))
     for name in "bf":
@@ -118,6 +135,10 @@ def test_headroom_stays_free() -> None:
         ({"layouts": {"a": "row_wise"}}, r"layouts of table 'a' must be a list, got 'row_wise'"),
         ({"layouts": {"a": []}}, "layouts of table 'a' must not be empty; leave it out instead"),
         ({"layouts": {"a": ["rowwise"]}}, "table 'a' may have layout 'rowwise', which is none"),
+        ({"layouts": ["a"]}, r"layouts must be lists by table, .*\['row_wise'\]}, got \['a'\]"),
+        ({"ranks": [0]}, r"ranks must be lists by table, such as {'user': \[0, 1\]}, got \[0\]"),
+        ({"colocate": "ab"}, r"colocate must be a list, got 'ab'"),
+        ({"colocate": 5}, r"colocate must be a list, got 5"),
         ({"ranks": {"a": [-1]}}, "ranks of table 'a' must be numbers from 0, got -1"),
         ({"ranks": {"a": 1}}, r"ranks of table 'a' must be a list, got 1; use \[1\]"),
         ({"colocate": [["a"]]}, r"colocate needs groups of two tables or more, got \('a',\)"),

@@ -21,7 +21,11 @@ CLUSTER = se.Cluster(
 )
 
 
-def model_of(rows: dict[str, int], dtype: str = "float32") -> Any:
+def model_of(
+    rows: dict[str, int],
+    dtype: str = "float32",
+    optimizer: optim.SparseOptimizer = optim.RowWiseAdagrad(lr=0.1),  # noqa: B008 - frozen
+) -> Any:
     return se.EmbeddingBagCollection(
         [
             se.TableConfig(
@@ -29,7 +33,7 @@ def model_of(rows: dict[str, int], dtype: str = "float32") -> Any:
                 num_embeddings=number,
                 embedding_dim=64,
                 feature_names=(name,),
-                optimizer=optim.RowWiseAdagrad(lr=0.1),
+                optimizer=optimizer,
                 dtype=dtype,  # type: ignore[arg-type]
             )
             for name, number in rows.items()
@@ -112,6 +116,52 @@ def test_constraints_that_stand_in_the_way_are_named() -> None:
     first, changes = refusal(model, constraints=together)
     assert first.startswith("tables 'a', 'b' as table_wise need 1.21 GiB on rank")
     assert "tables 'a', 'b' not colocated" in changes
+
+
+FILLED = {0: 700_000, 1: 3_000_000, 2: 2_500_000, 3: 1_500_000}
+"""Rows that are named onto each rank: 171, 732, 610 and 366 of its 870 MiB."""
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "rank"),  # the k-th freest; of nodes the fullest rank of the k-th freest
+    [
+        ("table_wise", None, 0),
+        ("table_wise", [2, 3, 1], 3),
+        ("column_wise", None, 3),
+        ("column_wise", [2, 3, 1], 2),
+        ("table_row_wise", None, 2),
+        ("table_row_wise", [2, 3, 1], 2),
+        ("table_column_wise", None, 2),
+        ("table_column_wise", [0, 1, 3], 1),
+        ("grid_shard", None, 1),
+        ("grid_shard", [2, 3, 1], 2),
+        ("row_wise", None, 1),
+        ("data_parallel", None, 1),
+    ],
+)
+def test_what_is_needed_is_more_than_what_is_left_on_the_rank_that_is_named(
+    name: str, ranks: list[int] | None, rank: int
+) -> None:
+    whole = name in {"table_wise", "data_parallel"}
+    rows = {f"on{number}": of for number, of in FILLED.items()}
+    rows["c"] = 3_000_000 if whole else 5_000_000  # 732 MiB; or 1.19 GiB in two or four blocks
+    named: dict[str, Layout] = {f"on{r}": layouts.table_wise(rank=r) for r in FILLED}
+    only = se.Constraints(
+        layouts={"c": [name]}, ranks={} if ranks is None else {"c": ranks}, headroom=0.15
+    )
+    model = model_of(rows, optimizer=optim.SGD(lr=0.1))
+    first, _ = refusal(model, replace(CLUSTER, num_nodes=2), named, only)
+    found = re.search(r"'c' as (\w+) needs (.+) on rank (\d), and (.+) are left there", first)
+    assert found is not None, first
+    assert (found[1], int(found[3])) == (name, rank)
+    needed, left = (mebibytes(found[number]) for number in (2, 4))
+    assert needed > left
+    assert left == pytest.approx(0.85 * 1024 - FILLED[rank] * 64 * 4 / 2**20, rel=0.01)
+
+
+def mebibytes(text: str) -> float:
+    number, unit = text.split()
+    return float(number) * {"MiB": 1, "GiB": 1024}[unit]
 
 
 def test_it_says_so_where_no_single_change_would_fit() -> None:

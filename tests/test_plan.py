@@ -1,5 +1,6 @@
 """Plans: made without processes, exact where named, refused where impossible."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,9 +93,54 @@ def test_an_impossible_layout_is_refused(where: dict[str, Any], text: str) -> No
         se.plan_sharding(model, Env(world_size=4), where)
 
 
+def test_ids_of_a_feature_that_no_table_looks_up_are_refused() -> None:
+    model = se.EmbeddingBagCollection([table("a"), table("b", feature_names=("bought", "seen"))])
+    workload = se.Workload(ids_per_sample={"bougt": 50})
+    text = r"names feature 'bougt', the tables look up 'a', 'bought', 'seen'; did you mean 'bought'\?"
+    with pytest.raises(ValueError, match=text):
+        se.plan_sharding(model, Env(), workload=workload)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be a positive integer, got 2.5"),
+        ({"batch_size": "8"}, "batch_size must be a positive integer, got '8'"),
+        ({"batch_size": True}, "batch_size must be a positive integer, got True"),
+        ({"ids_per_sample": ["a"]}, r"ids_per_sample must be numbers by feature, .* got \['a'\]"),
+        ({"ids_per_sample": {"a": "2"}}, "of feature 'a' must be a number from 0, got '2'"),
+        ({"ids_per_sample": {"a": True}}, "of feature 'a' must be a number from 0, got True"),
+        ({"ids_per_sample": {"a": -1}}, "of feature 'a' must be a number from 0, got -1"),
+        ({"profile": "clicks"}, "profile must be a DataProfile, .* got 'clicks'"),
+    ],
+)
+def test_an_impossible_workload_is_refused(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=f"workload: .*{text}"):
+        se.Workload(**fields)
+
+
+@pytest.mark.parametrize("where", [4, None, "h100"])
+def test_what_names_no_ranks_is_refused(where: Any, tmp_path: Path) -> None:
+    text = f"the ranks must be the Env of init_distributed, or a Cluster .*, got {where!r}"
+    with pytest.raises(ValueError, match=text):
+        se.plan_sharding(collection("a"), where)
+    with pytest.raises(ValueError, match=text):
+        se.load_plan(tmp_path / "plan.json", collection("a"), where)
+
+
+def test_layouts_that_are_no_mapping_are_refused() -> None:
+    named: Any = [layouts.row_wise()]
+    with pytest.raises(ValueError, match=r"layouts must be given by table name, such as .*RowWise"):
+        se.plan_sharding(collection("a"), Env(), named)
+
+
 def test_a_negative_rank_is_refused() -> None:
     with pytest.raises(ValueError, match="rank must be a number from 0, got -1"):
         layouts.table_wise(rank=-1)
+    ranks: Any = [0, None]
+    with pytest.raises(ValueError, match="column_wise: ranks must be a number from 0, got None"):
+        layouts.column_wise(ranks)
 
 
 def test_a_model_without_tables_is_refused() -> None:

@@ -144,7 +144,7 @@ def test_a_damaged_file_is_refused(text: str, message: str, tmp_path: Path) -> N
         ("cluster", {"num_nodes": "2"}, 'cluster: num_nodes must be a whole number, got "2"'),
         ("cluster", {"speed": 2}, "cluster has an unknown key 'speed'; known are name, num_nodes"),
         ("cluster", {"device": "tpu"}, 'cluster: device must be one of cpu, cuda, got "tpu"'),
-        ("workload", {"batch_size": 0}, "workload: batch_size must be at least 1, got 0"),
+        ("workload", {"batch_size": 0}, "batch_size must be a positive integer, got 0"),
         ("workload", {"ids_per_sample": {"a": "b"}}, "ids_per_sample 'a' must be a number, got"),
         ("profile", {"features": {"user_id": {}}}, "features 'user_id' lacks the key 'num_emb"),
     ],

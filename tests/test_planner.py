@@ -107,6 +107,25 @@ def test_sequences_take_their_layouts_and_one_width_of_slices() -> None:
         se.plan_sharding(model, H100_16, split, workload=workload)
 
 
+def test_sequences_that_cannot_split_alike_are_refused_and_others_lie_whole() -> None:
+    model = se.EmbeddingCollection([table("a"), table("b")])
+    named: dict[str, Layout] = {"a": layouts.column_wise(ranks=[0, 1, 2, 3])}
+    where = {"b": [0, 1]}
+    only = se.Constraints(ranks=where, layouts={"b": ["column_wise"]})
+    text = (
+        r"tables 'a' and 'b' are of one EmbeddingCollection, .*: 'a' is named column_wise\(ranks="
+        r"\(0, 1, 2, 3\)\), 4 slices, and 'b' may be column_wise on 2 ranks only; allow 'b' more"
+    )
+    with pytest.raises(ValueError, match=text):
+        se.plan_sharding(model, SMALL, named, constraints=only)
+    on_a_node = named | {"b": layouts.table_column_wise()}
+    with pytest.raises(ValueError, match="'b' may be table_column_wise on 2 ranks only"):
+        se.plan_sharding(model, SMALL, on_a_node)
+    plan = se.plan_sharding(model, SMALL, named, constraints=se.Constraints(ranks=where))
+    assert plan.tables[1].layout == "table_wise"
+    assert plan.tables[1].shards[0].rank in {0, 1}
+
+
 def test_a_plan_says_what_it_costs_and_what_another_layout_would() -> None:
     model = se.EmbeddingBagCollection([table("a", 1_000_000), table("b", 3_000_000)])
     plan = se.plan_sharding(model, SMALL)
@@ -154,12 +173,13 @@ def test_the_busiest_rank_is_no_busier_than_by_torchrec_s_planner(
 def test_tight_memory_is_filled() -> None:
     tables = [table(f"t{i}", 500_000) for i in range(24)]  # 122 MiB each, 2.86 GiB together
     model = se.EmbeddingBagCollection(tables)
-    loose = se.plan_sharding(model, SMALL)
     tight = replace(SMALL, memory_bytes=int(1.02 * 6 * tables[0].weight_bytes / 0.85))
-    plan = se.plan_sharding(model, tight)
+    busy = se.Workload(ids_per_sample={"t0": 20.0})  # its rank is given fewer of the others
+    loose = se.plan_sharding(model, SMALL, workload=busy)
+    assert max(loose.bytes_per_rank) > 0.85 * tight.memory_bytes
+    plan = se.plan_sharding(model, tight, workload=busy)
     assert max(plan.bytes_per_rank) <= 0.85 * tight.memory_bytes
     assert sum(plan.bytes_per_rank) == 24 * tables[0].weight_bytes
-    assert max(loose.bytes_per_rank) <= 0.85 * SMALL.memory_bytes
 
 
 def test_a_thousand_tables_on_a_thousand_ranks_named_and_free() -> None:

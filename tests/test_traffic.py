@@ -1,5 +1,6 @@
 """What a plan predicts of a step, against what its ranks then send, hold and look up."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -159,11 +160,17 @@ def test_one_rank_sends_nothing() -> None:
     assert traffic.lookups_TW[:, 0].tolist() == [2 * 512, 2 * 512, 2 * 512]
 
 
-def test_a_profile_of_more_rows_than_the_table_has_is_refused() -> None:
+def test_a_profile_of_more_rows_than_the_table_has_is_refused_when_planning_and_after() -> None:
     profile = DataProfile(source="old", features={"user": profile_of(np.array([3, 60]), 61)})
     model = se.EmbeddingBagCollection(TABLES[:1])
     workload = Workload(profile=profile)
-    plan = se.plan_sharding(model, Env(), {"a": layouts.table_wise(0)}, workload=workload)
-    text = "ids of feature 'user' that table 'a' does not have, of 40 rows; it was counted for 61"
+    text = (
+        "ids of feature 'user' that table 'a' does not have, of 40 rows; it was counted for 61: "
+        "profile the data again with num_embeddings=40, or leave the feature out of the profile"
+    )
     with pytest.raises(ValueError, match=text):
-        traffic_of(plan)
+        se.plan_sharding(model, Env(), workload=workload)
+    with pytest.raises(ValueError, match=text):
+        traffic_of(replace(se.plan_sharding(model, Env()), workload=workload))
+    more = {"other": profile.features["user"]}  # of no table here
+    se.plan_sharding(model, Env(), workload=Workload(profile=replace(profile, features=more)))

@@ -10,10 +10,10 @@ from torchrec.modules.embedding_modules import (
     EmbeddingCollectionInterface,
 )
 
+from shardemb.config import WIDTH_STEP
+
 _COLLECTIONS = (EmbeddingBagCollectionInterface, EmbeddingCollectionInterface)
 _QUANTIZED = "torch.ao.nn.quantized"
-_WIDTH_STEP = 4
-"""FBGEMM's kernels read four floats at a time."""
 _DTYPES = (torch.float32, torch.float16)
 
 
@@ -87,10 +87,10 @@ def _why_not_weight(module: nn.Module) -> str | None:
             f"its weight is {weight.dtype}, the kernels have float32 and float16; use one of them"
         )
     width = weight.shape[1]
-    if width == 0 or width % _WIDTH_STEP:
+    if width == 0 or width % WIDTH_STEP:
         return (
-            f"embedding_dim must be a positive multiple of {_WIDTH_STEP}, got {width}; use "
-            f"{width + -width % _WIDTH_STEP or _WIDTH_STEP}"
+            f"embedding_dim must be a positive multiple of {WIDTH_STEP}, got {width}; use "
+            f"{width + -width % WIDTH_STEP or WIDTH_STEP}"
         )
     if hasattr(weight, "_in_backward_optimizers"):
         return "its weight has an optimizer in the backward pass; give that to from_torch instead"

@@ -1,29 +1,10 @@
-"""The ways in which a table may lie, and what each costs a rank. Chooses none of them.
+"""The ways in which a table may lie, and their bytes, which are exact. Chooses none of them."""
 
-The times are TorchRec's estimates (`EmbeddingPerfEstimator`) of the largest block: blocks of one
-layout cost the same, so one of them stands for a thousand. The bytes are exact.
-"""
-
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
-
-from torch import nn
-from torchrec.distributed.planner.enumerators import EmbeddingEnumerator, get_partition_by_type
-from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
-from torchrec.distributed.planner.types import (
-    HardwareConfig,
-    KernelConfig,
-    Shard,
-    ShardingOption,
-    Topology,
-    TopologyFactory,
-    TrainerConfig,
-)
-from torchrec.distributed.types import ModuleSharder
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from shardemb.cluster import Cluster
-from shardemb.config import BYTES_OF
+from shardemb.config import WIDTH_STEP
 from shardemb.layouts import (
     ColumnWise,
     DataParallel,
@@ -34,9 +15,10 @@ from shardemb.layouts import (
     TableRowWise,
     TableWise,
 )
-from shardemb.modules.discovery import Collection, Table
-from shardemb.planning.geometry import places_of
-from shardemb.workload import Workload
+from shardemb.planning.geometry import bytes_of_block, largest_block, num_row_blocks, places_of
+
+if TYPE_CHECKING:  # the search knows the candidates, and not TorchRec
+    from shardemb.modules.discovery import Table
 
 _NARROWEST_SLICE = 32
 """Columns that FBGEMM's kernels read at a time at least: TorchRec's estimates count no fewer."""
@@ -91,21 +73,6 @@ class Candidate:
         return self.layouts[0].torchrec_name
 
 
-def bytes_of_block(table: Table, num_rows: int, num_columns: int) -> tuple[int, int]:
-    """Bytes of the weights and of the optimizer state of a block of a table.
-
-    Args:
-        table: The table.
-        num_rows: Rows of the block.
-        num_columns: Columns of the block.
-
-    Returns:
-        Both; a table that is not trained has no optimizer state.
-    """
-    weights = num_rows * num_columns * BYTES_OF[table.dtype]
-    return weights, table.optimizer.state_bytes(num_rows, num_columns) if table.trainable else 0
-
-
 def slice_counts(width: int, most: int) -> list[int]:
     """Numbers of slices into which columns may be split, each as wide as a kernel reads at a time.
 
@@ -121,13 +88,13 @@ def slice_counts(width: int, most: int) -> list[int]:
         >>> slice_counts(128, 8), slice_counts(48, 8), slice_counts(4, 8)
         ([2, 4], [2], [1])
     """
-    counts = [n for n in range(2, most + 1) if width % (4 * n) == 0]
+    counts = [n for n in range(2, most + 1) if width % (WIDTH_STEP * n) == 0]
     wide = [n for n in counts if width // n >= _NARROWEST_SLICE]
     return wide or counts[:1] or [1]
 
 
 def candidates_of(
-    table: Table, layout: Layout, cluster: Cluster, num_slices: list[int]
+    table: "Table", layout: Layout, cluster: Cluster, num_slices: list[int]
 ) -> list[Candidate]:
     """The ways to lay a table by a layout, not estimated yet.
 
@@ -143,125 +110,27 @@ def candidates_of(
     named = places_of(layout)
     splits = layout.splits_columns
     counts = num_slices if named is None else [len(named) if splits else 1]
-    rows_over = {
-        RowWise: cluster.world_size,
-        TableRowWise: cluster.ranks_per_node,
-        GridShard: cluster.ranks_per_node,
-    }.get(type(layout), 1)
-    num_rows = -(-table.config.num_embeddings // rows_over)
+    sizes = {"world_size": cluster.world_size, "local_world_size": cluster.ranks_per_node}
     copies = cluster.world_size if isinstance(layout, DataParallel) else 1
+    shape = table.config.num_embeddings, table.config.embedding_dim
+    optimizer = table.optimizer if table.trainable else None
     return [
         Candidate(
             layouts=(layout,),
             named_places=named,
             places=_PLACES[type(layout)],
             num_places=count,
-            num_ranks=rows_over * count * copies,
-            num_bytes=sum(bytes_of_block(table, num_rows, table.config.embedding_dim // count)),
+            num_ranks=num_row_blocks(layout, **sizes) * count * copies,
+            num_bytes=sum(
+                bytes_of_block(
+                    *largest_block(layout, shape, count, **sizes),
+                    dtype=table.dtype,
+                    optimizer=optimizer,
+                )
+            ),
         )
         for count in counts
     ]
-
-
-def estimated(
-    candidates: Mapping[str, list[Candidate]],
-    collections: Mapping[str, Collection],
-    cluster: Cluster,
-    workload: Workload,
-    sharders: list[ModuleSharder[nn.Module]],
-) -> dict[str, list[Candidate]]:
-    """Candidates with TorchRec's estimates.
-
-    Args:
-        candidates: By table.
-        collections: Those of the tables, by path.
-        cluster: The ranks.
-        workload: The batches.
-        sharders: TorchRec's, of all kinds of collections.
-
-    Returns:
-        The same candidates, with their costs.
-    """
-    topology = topology_of(cluster)
-    enumerator = EmbeddingEnumerator(
-        topology=topology,
-        batch_size=workload.batch_size,
-        estimator=[EmbeddingPerfEstimator(topology=topology)],
-    )
-    enumerator.enumerate(nn.Module(), sharders)  # of no tables: it only learns the sharders
-    options = {
-        name: [
-            _option(found, found.tables[name], candidate, workload)
-            for candidate in candidates[name]
-        ]
-        for found in collections.values()
-        for name in found.tables
-        if name in candidates
-    }
-    enumerator.populate_estimates([option for of in options.values() for option in of])
-    return {
-        name: [
-            _with_cost(candidate, option)
-            for candidate, option in zip(candidates[name], of, strict=True)
-        ]
-        for name, of in options.items()
-    }
-
-
-def topology_of(cluster: Cluster) -> Topology:
-    """TorchRec's description of a cluster."""
-    on_cuda = cluster.device == "cuda"
-    memory = cluster.memory_bytes
-    bytes_per_ms = cluster.memory_gb_per_s * 1e6
-    return TopologyFactory.create_topology(
-        trainer_config=TrainerConfig(
-            world_size=cluster.world_size, local_world_size=cluster.ranks_per_node
-        ),
-        hardware_config=HardwareConfig(
-            **{"hbm_cap_bytes" if on_cuda else "ddr_cap_bytes": memory},
-            **{"hbm_mem_bw" if on_cuda else "ddr_mem_bw": bytes_per_ms},
-            intra_host_bw=cluster.intra_node_gb_per_s * 1e6,
-            inter_host_bw=cluster.inter_node_gb_per_s * 1e6,
-        ),
-        # without it, TorchRec 1.8 drops all bandwidths and takes its defaults
-        kernel_config=KernelConfig(
-            compute_device=cluster.device, use_hardware_based_bandwidth=True
-        ),
-    )
-
-
-def kernel_of(layout: Layout) -> str:
-    """TorchRec's name of the kernel that computes a layout."""
-    return "dense" if isinstance(layout, DataParallel) else "fused"
-
-
-def _option(
-    found: Collection, table: Table, candidate: Candidate, workload: Workload
-) -> ShardingOption:
-    rows_over = candidate.num_ranks // candidate.num_places
-    if isinstance(candidate.layouts[0], DataParallel):
-        rows_over = 1
-    num_rows = -(-table.config.num_embeddings // rows_over)
-    size = [num_rows, table.config.embedding_dim // candidate.num_places]
-    return ShardingOption(
-        name=table.name,
-        tensor=table.weight,
-        module=(found.path, found.module),
-        input_lengths=[workload.ids_of(name) for name in table.config.feature_names],
-        batch_size=workload.batch_size,
-        sharding_type=candidate.kind,
-        partition_by=get_partition_by_type(candidate.kind),
-        compute_kernel=kernel_of(candidate.layouts[0]),
-        shards=[Shard(size=size, offset=[0, 0])],
-        is_pooled=found.is_pooled,
-    )
-
-
-def _with_cost(candidate: Candidate, option: ShardingOption) -> Candidate:
-    perf = option.shards[0].perf
-    lookup_ms = float(perf.fwd_compute + perf.bwd_compute + perf.prefetch_compute)
-    cost = Cost(lookup_ms, float(perf.total) - lookup_ms)
-    return replace(candidate, costs=(cost,), ms=float(perf.total))
 
 
 def together(candidates: list[list[Candidate]]) -> list[Candidate]:

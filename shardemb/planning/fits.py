@@ -11,7 +11,7 @@ from shardemb.layouts import LAYOUTS, Layout
 from shardemb.modules.discovery import Table
 from shardemb.planning.geometry import places_of
 from shardemb.planning.layout_rules import layouts_allowed
-from shardemb.planning.planner import check_fits, least_bytes
+from shardemb.planning.planner import least_bytes, refuse_unfit
 from shardemb.planning.problem import Problem, check_problem
 from shardemb.planning.search import DoesNotFitError
 from shardemb.text import format_bytes
@@ -153,7 +153,7 @@ def _as_float16(table: Table) -> Table:
 def _fits(problem: Problem) -> bool:
     try:
         check_problem(problem)
-        check_fits(problem)
+        refuse_unfit(problem)
     except (ValueError, DoesNotFitError):
         return False
     return True

@@ -1,9 +1,10 @@
-"""Which block of a table lies on which rank under each layout. Arithmetic only."""
+"""Which block of a table, of how many bytes, lies on which rank. Arithmetic only."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from shardemb.config import BYTES_OF
 from shardemb.layouts import (
     ColumnWise,
     DataParallel,
@@ -14,6 +15,7 @@ from shardemb.layouts import (
     TableRowWise,
     TableWise,
 )
+from shardemb.optim import SparseOptimizer
 
 
 class Block(NamedTuple):
@@ -68,6 +70,77 @@ def blocks_of(
         for position, ranks in enumerate(slices)
         for rank, first_row, block_rows in _rows_of(ranks, num_rows)
     ]
+
+
+def num_row_blocks(layout: Layout, *, world_size: int, local_world_size: int) -> int:
+    """Over how many ranks the rows of a table, or of each slice of its columns, are split.
+
+    Args:
+        layout: How it lies.
+        world_size: Number of ranks.
+        local_world_size: Number of ranks on each node.
+
+    Returns:
+        1 where rows are not split.
+
+    Example:
+        >>> num_row_blocks(GridShard(), world_size=16, local_world_size=8)
+        8
+    """
+    if not layout.splits_rows:
+        return 1
+    return world_size if isinstance(layout, RowWise) else local_world_size
+
+
+def largest_block(
+    layout: Layout,
+    shape: tuple[int, int],
+    num_slices: int,
+    *,
+    world_size: int,
+    local_world_size: int,
+) -> tuple[int, int]:
+    """Rows and columns of the largest block of a table, wherever it lies.
+
+    Args:
+        layout: How it lies; its ranks or nodes need not be given.
+        shape: Rows and columns of the table.
+        num_slices: Number of slices of its columns.
+        world_size: Number of ranks.
+        local_world_size: Number of ranks on each node.
+
+    Returns:
+        Both numbers; blocks of equal columns differ in the last rows only.
+
+    Example:
+        >>> largest_block(RowWise(), (10, 8), 1, world_size=4, local_world_size=4)
+        (3, 8)
+    """
+    over = num_row_blocks(layout, world_size=world_size, local_world_size=local_world_size)
+    return -(-shape[0] // over), shape[1] // num_slices
+
+
+def bytes_of_block(
+    num_rows: int, num_columns: int, *, dtype: str, optimizer: type[SparseOptimizer] | None
+) -> tuple[int, int]:
+    """Bytes of the weights and of the optimizer state of a block of a table.
+
+    Args:
+        num_rows: Rows of the block.
+        num_columns: Columns of the block.
+        dtype: Of its rows.
+        optimizer: What updates them; None where nothing does.
+
+    Returns:
+        Both; what is not trained has no optimizer state.
+
+    Example:
+        >>> from shardemb.optim import RowWiseAdagrad
+        >>> bytes_of_block(5, 8, dtype="float16", optimizer=RowWiseAdagrad)
+        (80, 20)
+    """
+    weights = num_rows * num_columns * BYTES_OF[dtype]
+    return weights, optimizer.state_bytes(num_rows, num_columns) if optimizer else 0
 
 
 def a_rank_stays_empty(num_rows: int, num_ranks: int) -> bool:

@@ -1,5 +1,6 @@
 """Which layouts a table may have: what TorchRec's kernels compute rightly, and nothing else."""
 
+from shardemb.config import WIDTH_STEP
 from shardemb.layouts import (
     LAYOUTS,
     ColumnWise,
@@ -13,10 +14,8 @@ from shardemb.layouts import (
 )
 from shardemb.modules.discovery import Table
 from shardemb.optim import RowWiseAdagrad
-from shardemb.planning.geometry import a_rank_stays_empty
-
-_WIDTH_STEP = 4
-"""FBGEMM's kernels read four floats at a time."""
+from shardemb.placement import ShardingPlan
+from shardemb.planning.geometry import a_rank_stays_empty, num_row_blocks
 
 
 def why_not(table: Table, layout: Layout, *, world_size: int, local_world_size: int) -> str | None:
@@ -87,8 +86,7 @@ def _why_not_of_kind(table: Table, layout: Layout) -> str | None:
 def _why_not_rows(
     table: Table, layout: Layout, world_size: int, local_world_size: int
 ) -> str | None:
-    num_ranks = {RowWise: world_size, TableRowWise: local_world_size, GridShard: local_world_size}
-    over = num_ranks.get(type(layout), 1)
+    over = num_row_blocks(layout, world_size=world_size, local_world_size=local_world_size)
     num_rows = table.config.num_embeddings
     if a_rank_stays_empty(num_rows, over):
         return (
@@ -103,11 +101,11 @@ def _why_not_columns(table: Table, layout: Layout) -> str | None:
         return None
     slices = layout.nodes if isinstance(layout, GridShard) else layout.ranks
     width = table.config.embedding_dim
-    if slices is not None and width % (_WIDTH_STEP * len(slices)):
+    if slices is not None and width % (WIDTH_STEP * len(slices)):
         return (
             f"{layout} splits {width} columns into {len(slices)} slices, and each must have a "
-            f"multiple of {_WIDTH_STEP}; use fewer slices, or embedding_dim="
-            f"{-(-width // (_WIDTH_STEP * len(slices))) * _WIDTH_STEP * len(slices)}"
+            f"multiple of {WIDTH_STEP}; use fewer slices, or embedding_dim="
+            f"{-(-width // (WIDTH_STEP * len(slices))) * WIDTH_STEP * len(slices)}"
         )
     if (
         table.trainable
@@ -149,3 +147,26 @@ def layouts_allowed(table: Table, *, world_size: int, local_world_size: int) -> 
         if kind in simplest
         and why_not(table, kind(), world_size=world_size, local_world_size=local_world_size) is None
     ]
+
+
+def check_slices(plan: ShardingPlan) -> None:
+    """Refuses slices of two widths in one sequence collection, which TorchRec would mix up.
+
+    Args:
+        plan: A plan of named layouts.
+
+    Raises:
+        ValueError: There are two.
+    """
+    widths: dict[str, tuple[int, str]] = {}
+    for table in plan.tables:
+        if table.pooling is not None or "column" not in table.layout:
+            continue
+        width = table.shards[0].num_columns
+        first_width, first = widths.setdefault(table.module, (width, table.table))
+        if width != first_width:
+            raise ValueError(
+                f"tables {first!r} and {table.table!r} of one EmbeddingCollection have slices of "
+                f"{first_width} and {width} columns, and TorchRec needs one width; give both the "
+                "same number of slices, or a collection each"
+            )

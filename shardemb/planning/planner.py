@@ -7,60 +7,27 @@ both.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from torch import nn
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.types import ModuleSharder
-
-from shardemb.constraints import Constraints, kinds_of
+from shardemb.config import WIDTH_STEP
+from shardemb.constraints import Constraints
 from shardemb.layouts import LAYOUTS, ColumnWise, DataParallel, GridShard, Layout, TableColumnWise
 from shardemb.modules.discovery import Collection, Table
 from shardemb.planning.candidates import (
     Candidate,
     candidates_of,
-    estimated,
-    kernel_of,
     slice_counts,
     together,
 )
+from shardemb.planning.contradictions import common_ranks, kinds_of
+from shardemb.planning.estimates import estimated
 from shardemb.planning.geometry import may_lie_on, placed, places_of
 from shardemb.planning.layout_rules import layouts_allowed
 from shardemb.planning.problem import Problem
 from shardemb.planning.search import Item, Place, Search
+from shardemb.planning.sharders import make_sharders
 from shardemb.text import format_bytes
-
-
-class _AllLayouts:
-    """What TorchRec's sharders offer only on CUDA: every layout, by fused kernels."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:  # noqa: ARG002
-        """Names of the layouts; `layout_rules` says which of them a table may have."""
-        return list(LAYOUTS)
-
-    def compute_kernels(
-        self,
-        sharding_type: str,
-        compute_device_type: str,  # noqa: ARG002
-    ) -> list[str]:
-        """Names of the kernels."""
-        return [kernel_of(LAYOUTS[sharding_type]())]
-
-
-class PooledSharder(_AllLayouts, EmbeddingBagCollectionSharder):  # type: ignore[misc]
-    """TorchRec's sharder of an `EmbeddingBagCollection`."""
-
-
-class SequenceSharder(_AllLayouts, EmbeddingCollectionSharder):  # type: ignore[misc]
-    """TorchRec's sharder of an `EmbeddingCollection`."""
-
-
-def make_sharders() -> list[ModuleSharder[nn.Module]]:
-    """Sharders of both kinds of collection."""
-    options = {"stochastic_rounding": False}  # of float16 rows on CUDA: CPU knows only the nearest
-    return [PooledSharder(options), SequenceSharder(options)]
 
 
 class Choice(NamedTuple):
@@ -81,6 +48,7 @@ def choose_layouts(problem: Problem) -> dict[str, Choice]:
 
     Raises:
         DoesNotFitError: The tables need more memory than there is.
+        ValueError: Tables that must split alike cannot.
     """
     candidates = estimated(
         _candidates(problem),
@@ -105,7 +73,7 @@ def choose_layouts(problem: Problem) -> dict[str, Choice]:
     return chosen
 
 
-def check_fits(problem: Problem) -> None:
+def refuse_unfit(problem: Problem) -> None:
     """Returns if the tables fit in the memory, and estimates nothing.
 
     Args:
@@ -113,6 +81,7 @@ def check_fits(problem: Problem) -> None:
 
     Raises:
         DoesNotFitError: They need more than there is.
+        ValueError: Tables that must split alike cannot.
     """
     _search(problem, _items(problem, _candidates(problem))).fit()
 
@@ -130,7 +99,11 @@ def _search(problem: Problem, items: list[Item]) -> Search:
 
 
 def _candidates(problem: Problem) -> dict[str, list[Candidate]]:
-    """By table, the ways in which it may lie."""
+    """By table, the ways in which it may lie.
+
+    Raises:
+        ValueError: A table of sequences does not split as another of its collection does.
+    """
     found: dict[str, list[Candidate]] = {}
     for collection in problem.collections.values():
         for name, table in collection.tables.items():
@@ -138,6 +111,8 @@ def _candidates(problem: Problem) -> dict[str, list[Candidate]]:
             for layout in _layouts_of(problem, table):
                 num_slices = _num_slices(problem, collection, table, layout)
                 found[name] += candidates_of(table, layout, problem.cluster, num_slices)
+            if not (found[name] or collection.is_pooled):
+                raise ValueError(_why_not_sliced_alike(problem, collection, name))
     return found
 
 
@@ -147,15 +122,17 @@ def _num_slices(
     """Numbers of slices to try of a table whose ranks are not named."""
     if not layout.splits_columns:
         return [1]
+    most = _most_slices(problem, layout, table.name)
     if not collection.is_pooled:
-        return [_slices_of_sequences(problem, collection)]
+        return [number for number in [_slices_of_sequences(problem, collection)] if number <= most]
     width = table.config.embedding_dim
     for group in problem.constraints.colocate:
         named = [problem.named[name] for name in group if name in problem.named]
         given = [places_of(other) for other in named if other.splits_columns]
         if table.name in group and any(given):
-            return [len(places) for places in given if places and width % (4 * len(places)) == 0]
-    return slice_counts(width, _most_slices(problem, layout, table.name))
+            counts = [len(places) for places in given if places]
+            return [count for count in counts if width % (WIDTH_STEP * count) == 0]
+    return slice_counts(width, most)
 
 
 def _layouts_of(problem: Problem, table: Table) -> list[Layout]:
@@ -163,42 +140,74 @@ def _layouts_of(problem: Problem, table: Table) -> list[Layout]:
         return [problem.named[table.name]]
     constraints = problem.constraints
     kinds = kinds_of(constraints, table, **problem.sizes)
-    with_others = any(table.name in group for group in constraints.colocate)
+    with_others = len(_group_of(constraints, table.name)) > 1
     if table.name not in constraints.layouts and not with_others:
         simplest = layouts_allowed(table, **problem.sizes)
         kinds = [kind for kind in kinds if kind in simplest] or kinds
-    return [LAYOUTS[kind]() for kind in kinds]
+    ranks = common_ranks(constraints, _group_of(constraints, table.name))
+    return [
+        layout
+        for layout in (LAYOUTS[kind]() for kind in kinds)
+        if ranks is None or may_lie_on(layout, ranks, **problem.sizes)
+    ]
+
+
+def _group_of(constraints: Constraints, table: str) -> Sequence[str]:
+    """The tables that lie together with one, itself among them."""
+    return next((group for group in constraints.colocate if table in group), (table,))
 
 
 def _most_slices(problem: Problem, layout: Layout, table: str) -> int:
     """Different ranks or nodes that there are for the slices of a table."""
     cluster = problem.cluster
-    ranks = problem.constraints.ranks.get(table)
+    ranks = common_ranks(problem.constraints, _group_of(problem.constraints, table))
     if ranks is None:
         of_nodes = [cluster.ranks_per_node] * cluster.num_nodes
     else:
-        of_nodes = list(Counter(rank // cluster.ranks_per_node for rank in set(ranks)).values())
+        of_nodes = list(Counter(rank // cluster.ranks_per_node for rank in ranks).values())
     if isinstance(layout, GridShard):
         return of_nodes.count(cluster.ranks_per_node)
     return max(of_nodes) if isinstance(layout, TableColumnWise) else sum(of_nodes)
 
 
 def _slices_of_sequences(problem: Problem, collection: Collection) -> int:
-    """One number of slices for all tables of a sequence collection; `plan.py` says why."""
-    named = {name: problem.named.get(name) for name in collection.tables}
-    for layout in named.values():
-        places = places_of(layout) if layout is not None and layout.splits_columns else None
-        if places is not None:
-            return len(places)
+    """One number of slices for all tables of a sequence collection; `check_slices` says why."""
+    pinned = _pinned_slices(problem, collection)
+    if pinned is not None:
+        return len(places_of(problem.named[pinned]) or ())
     on_a_node = any(
-        isinstance(layout, TableColumnWise)
+        isinstance(problem.named.get(name), TableColumnWise)
         or TableColumnWise.torchrec_name in problem.constraints.layouts.get(name, ())
-        for name, layout in named.items()
+        for name in collection.tables
     )
     layout = TableColumnWise() if on_a_node else ColumnWise()
-    most = min(_most_slices(problem, layout, name) for name in named)
+    most = min(_most_slices(problem, layout, name) for name in collection.tables)
     width = next(iter(collection.tables.values())).config.embedding_dim
     return slice_counts(width, most)[-1]
+
+
+def _pinned_slices(problem: Problem, collection: Collection) -> str | None:
+    """The first table whose slices are named with their ranks."""
+    for name in collection.tables:
+        layout = problem.named.get(name)
+        if layout is not None and layout.splits_columns and places_of(layout):
+            return name
+    return None
+
+
+def _why_not_sliced_alike(problem: Problem, collection: Collection, table: str) -> str:
+    """What speaks against a table of sequences that may only be split, and not as another is."""
+    other = _pinned_slices(problem, collection)
+    assert other is not None, table
+    number = _slices_of_sequences(problem, collection)
+    kinds = _layouts_of(problem, problem.tables[table])
+    most = max(_most_slices(problem, kind, table) for kind in kinds)
+    return (
+        f"tables {other!r} and {table!r} are of one EmbeddingCollection, whose slices TorchRec "
+        f"needs of one width: {other!r} is named {problem.named[other]}, {number} slices, and "
+        f"{table!r} may be {' or '.join(map(str, kinds))} on {most} ranks only; allow {table!r} "
+        f"more ranks or another layout, name fewer for {other!r}, or give each a collection"
+    )
 
 
 def _items(problem: Problem, candidates: Mapping[str, list[Candidate]]) -> list[Item]:
@@ -214,7 +223,7 @@ def _items(problem: Problem, candidates: Mapping[str, list[Candidate]]) -> list[
         Item(
             names=group,
             candidates=tuple(together([candidates[name] for name in group])),
-            ranks=_ranks(problem.constraints, group),
+            ranks=common_ranks(problem.constraints, group),
         )
         for group in groups
     ]
@@ -225,12 +234,6 @@ def _items(problem: Problem, candidates: Mapping[str, list[Candidate]]) -> list[
                 "of slices that suits the columns of all; give them embedding_dims that split alike"
             )
     return items
-
-
-def _ranks(constraints: Constraints, names: Iterable[str]) -> tuple[int, ...] | None:
-    """The ranks that may hold each of some tables; None if all may."""
-    allowed = [set(constraints.ranks[name]) for name in names if name in constraints.ranks]
-    return tuple(sorted(set.intersection(*allowed))) if allowed else None
 
 
 def _chosen_by(problem: Problem, item: Item, place: Place, position: int) -> str:

@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 
 from shardemb.cluster import Cluster
 from shardemb.errors import RunError
-from shardemb.planning.host_memory import host_memory_bytes
+from shardemb.host_memory import host_memory_bytes
 from shardemb.text import format_bytes
 
 _COPIED_BYTES = 1 << 28

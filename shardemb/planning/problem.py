@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from shardemb.cluster import Cluster
-from shardemb.constraints import Constraints, check_constraints
+from shardemb.constraints import Constraints
 from shardemb.layouts import Layout
 from shardemb.modules.discovery import Collection, Table
+from shardemb.planning.contradictions import check_constraints
 from shardemb.planning.layout_rules import why_not
 from shardemb.text import some_names
 from shardemb.workload import Workload
@@ -54,15 +55,31 @@ class Problem:
 
 
 def check_problem(problem: Problem) -> None:
-    """Refuses names and constraints that no plan can keep to, whatever the memory.
+    """Refuses names, workloads and constraints that no plan can keep to, whatever the memory.
 
     Args:
         problem: What is to be planned.
 
     Raises:
-        ValueError: A table is unknown, a layout does not fit its table or the ranks, or constraints
-            contradict it or each other.
+        ValueError: A table or feature is unknown, a layout does not fit its table or the ranks, the
+            profile does not fit a table, or constraints contradict layouts or each other.
     """
+    _check_named(problem)
+    _check_workload(problem)
+    check_constraints(problem.constraints, problem.tables, problem.named, **problem.sizes)
+
+
+def _check_named(problem: Problem) -> None:
+    """Refuses layouts of no table, and those that do not fit their table or the ranks.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if not isinstance(problem.named, Mapping):
+        raise ValueError(
+            "layouts must be given by table name, such as {'user': row_wise()}, got "
+            f"{problem.named!r}"
+        )
     tables = problem.tables
     for name, layout in problem.named.items():
         if name not in tables:
@@ -77,4 +94,24 @@ def check_problem(problem: Problem) -> None:
         reason = why_not(tables[name], layout, **problem.sizes)
         if reason:
             raise ValueError(f"table {name!r}: {reason}")
-    check_constraints(problem.constraints, tables, problem.named, **problem.sizes)
+
+
+def _check_workload(problem: Problem) -> None:
+    """Refuses ids of a feature that no table looks up, and a profile of other tables.
+
+    Raises:
+        ValueError: There are such ids.
+    """
+    tables = problem.tables.values()
+    features = [feature for table in tables for feature in table.config.feature_names]
+    for feature in problem.workload.ids_per_sample:
+        if feature not in features:
+            raise ValueError(
+                f"workload: ids_per_sample names feature {feature!r}, the tables look up "
+                f"{some_names(features, feature)}"
+            )
+    for table in tables:
+        for feature in table.config.feature_names:
+            problem.workload.profile_of(
+                feature, table=table.name, num_embeddings=table.config.num_embeddings
+            )

@@ -4,7 +4,7 @@ The aim is TorchRec's (`NoopPerfModel`): the least of the most milliseconds that
 its blocks, within each rank's memory. Knows neither tables nor TorchRec.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,10 @@ class Place:
 
 
 class DoesNotFitError(Exception):
-    """An item that no rank has room for, the rank that has most, and how much is there."""
+    """An item that there is no room for, a rank that has too little, and how much is there.
+
+    Where several ranks are needed, it is the fullest of those that have most.
+    """
 
     def __init__(self, item: Item, candidate: Candidate, rank: int, free_bytes: int) -> None:
         super().__init__(f"{item.names} needs {candidate.num_bytes} bytes, there are {free_bytes}")
@@ -94,6 +97,23 @@ class _Ranks:
         else:
             found = self._least_of_a_node(load_W, candidate.num_places)
         return None if found is None else Place(candidate=candidate, places=found)
+
+    def fullest(self, candidate: Candidate, allowed: npt.NDArray[np.bool_] | None) -> int:
+        """The rank without room: of the ranks with most room for a candidate, that with least."""
+        free_W = self.free_W if allowed is None else np.where(allowed, self.free_W, -1)
+        if candidate.places == "all" or candidate.named_places is not None:
+            ranks = self.ranks(Place(candidate=candidate, places=candidate.named_places or ()))
+            return int(ranks[np.argmin(free_W[ranks])])
+        if candidate.places == "ranks":
+            return int(np.argsort(-free_W, kind="stable")[candidate.num_places - 1])
+        whole = candidate.places == "nodes"
+        free_NL = free_W.reshape(-1, self._local)
+        number = self._local if whole else candidate.num_places
+        local_N = np.argsort(-free_NL, axis=1, kind="stable")[:, number - 1]
+        free_N = free_NL[np.arange(len(free_NL)), local_N]
+        nodes = np.argsort(-free_N, kind="stable")
+        node = int(nodes[candidate.num_places - 1 if whole else 0])
+        return node * self._local + int(local_N[node])
 
     def _least_of_a_node(
         self, load_W: npt.NDArray[np.float64], number: int
@@ -233,15 +253,8 @@ class Search:
     def _failure(
         item: Item, candidate: Candidate, ranks: _Ranks, allowed: npt.NDArray[np.bool_] | None
     ) -> DoesNotFitError:
-        free_W = ranks.free_W
-        if candidate.places == "all":
-            rank = int(np.argmin(free_W))
-        elif candidate.named_places is not None:
-            named = ranks.ranks(Place(candidate=candidate, places=candidate.named_places))
-            rank = int(named[np.argmin(free_W[named])])
-        else:
-            rank = int(np.argmax(free_W if allowed is None else np.where(allowed, free_W, -1)))
-        return DoesNotFitError(item, candidate, rank, int(free_W[rank]))
+        rank = ranks.fullest(candidate, allowed)
+        return DoesNotFitError(item, candidate, rank, int(ranks.free_W[rank]))
 
     def _loaded(self, places: Sequence[Place]) -> _Ranks:
         ranks = _Ranks(*self._sizes)
@@ -262,30 +275,42 @@ class Search:
         ranks = self._loaded(places)
         trials = 0
         while trials < _MOST_TRIALS:
-            busiest = int(np.argmax(ranks.load_W))
-            top = float(ranks.load_W[busiest])
-            best: tuple[float, int, Place] | None = None
-            for i, old in enumerate(places):
-                if not (ranks.ranks(old) == busiest).any():
-                    continue
-                ranks.put(old, old.candidate.ms, -1)
-                for candidate in self._items[i].candidates:
-                    trials += 1
-                    new = ranks.find(candidate, self._allowed[i])
-                    if new is None:
-                        continue
-                    after = float(ranks.load_W[ranks.ranks(new)].max()) + candidate.ms
-                    after = max(after, float(ranks.load_W[busiest]))
-                    if after < (top * (1 - 1e-9) if best is None else best[0]):
-                        best = (after, i, new)
-                ranks.put(old, old.candidate.ms)
-            if best is None:
+            move, tried = self._best_move(places, ranks)
+            trials += tried
+            if move is None:
                 break
-            _, i, new = best
+            i, new = move
             ranks.put(places[i], places[i].candidate.ms, -1)
             ranks.put(new, new.candidate.ms)
             places[i] = new
         return places
+
+    def _best_move(
+        self, places: Sequence[Place], ranks: _Ranks
+    ) -> tuple[tuple[int, Place] | None, int]:
+        """The move off the busiest rank that helps most, if any does, and how many were tried."""
+        busiest = int(np.argmax(ranks.load_W))
+        least = float(ranks.load_W[busiest]) * (1 - 1e-9)
+        best: tuple[int, Place] | None = None
+        trials = 0
+        for i, old in enumerate(places):
+            if not (ranks.ranks(old) == busiest).any():
+                continue
+            trials += len(self._items[i].candidates)
+            ranks.put(old, old.candidate.ms, -1)
+            for after, new in self._moves(i, ranks, busiest):
+                if after < least:
+                    least, best = after, (i, new)
+            ranks.put(old, old.candidate.ms)
+        return best, trials
+
+    def _moves(self, i: int, ranks: _Ranks, busiest: int) -> Iterator[tuple[float, Place]]:
+        """Where an item could go, with the most load of those ranks and of the busiest then."""
+        for candidate in self._items[i].candidates:
+            new = ranks.find(candidate, self._allowed[i])
+            if new is not None:
+                after = float(ranks.load_W[ranks.ranks(new)].max()) + candidate.ms
+                yield max(after, float(ranks.load_W[busiest])), new
 
 
 def _work(candidate: Candidate) -> float:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shardemb.layouts import GridShard, RowWise, TableRowWise
+from shardemb.layouts import LAYOUTS
 from shardemb.placement import ShardingPlan
 from shardemb.traffic import Traffic, traffic_of
 
 Floats = npt.NDArray[np.float64]
-SPLITS_ROWS = {kind.torchrec_name for kind in (RowWise, TableRowWise, GridShard)}
+SPLITS_ROWS = {name for name, kind in LAYOUTS.items() if kind.splits_rows}
 """The layouts whose ranks are as busy as their rows."""
 
 

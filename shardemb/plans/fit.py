@@ -8,13 +8,12 @@ from typing import Any
 from torch import nn
 
 from shardemb.agree import all_or_none
-from shardemb.cluster import Cluster, cluster_of
+from shardemb.cluster import Cluster, check_where, cluster_of
 from shardemb.constraints import DEFAULT_HEADROOM
 from shardemb.env import Env
 from shardemb.modules.discovery import Collection, Table, find_collections
 from shardemb.placement import ShardingPlan, TablePlacement
-from shardemb.plan import check_slices
-from shardemb.planning.layout_rules import why_not
+from shardemb.planning.layout_rules import check_slices, why_not
 from shardemb.plans.file import read_plan
 from shardemb.plans.shards import layout_of
 from shardemb.plans.text import describe_ranks
@@ -37,9 +36,10 @@ def load_plan(path: str | Path, model: nn.Module, where: Env | Cluster) -> Shard
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged or of another format, or the plan no longer fits: tables
-            were added, removed, renamed or changed, the ranks are others or have too little memory,
-            or a table may not have its layout. The message lists what changed.
+        ValueError: `where` is neither, the file is damaged or of another format, or the plan no
+            longer fits: tables were added, removed, renamed or changed, the ranks are others or
+            have too little memory, or a table may not have its layout. The message lists what
+            changed.
         OtherRankError: Another rank of this run refused it.
 
     Example:
@@ -54,6 +54,7 @@ def load_plan(path: str | Path, model: nn.Module, where: Env | Cluster) -> Shard
         >>> load_plan(path, model, se.Env(world_size=2)) == plan
         True
     """
+    check_where(where)
     if not isinstance(where, Env) or not where.is_live:
         return _load(path, model, where)
     with all_or_none(where, f"reading the plan {path}"):

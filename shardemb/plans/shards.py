@@ -4,7 +4,6 @@ import functools
 from typing import get_args
 
 from shardemb.cluster import Cluster
-from shardemb.config import BYTES_OF
 from shardemb.layouts import (
     LAYOUTS,
     ColumnWise,
@@ -16,7 +15,7 @@ from shardemb.layouts import (
 )
 from shardemb.optim import RowWiseAdagrad, SparseOptimizer
 from shardemb.placement import Shard, TablePlacement
-from shardemb.planning.geometry import blocks_of
+from shardemb.planning.geometry import blocks_of, bytes_of_block
 
 OPTIMIZERS: dict[str, type[SparseOptimizer] | None] = {
     "none": None,
@@ -55,15 +54,14 @@ def shards_of(
     """
     world_size, local_world_size = ranks
     kind = OPTIMIZERS[optimizer]
+    blocks = blocks_of(layout, shape, world_size=world_size, local_world_size=local_world_size)
+    num_bytes = [
+        bytes_of_block(block.num_rows, block.num_columns, dtype=dtype, optimizer=kind)
+        for block in blocks
+    ]
     return tuple(
-        Shard(
-            **block._asdict(),
-            weight_bytes=block.num_rows * block.num_columns * BYTES_OF[dtype],
-            optimizer_bytes=kind.state_bytes(block.num_rows, block.num_columns) if kind else 0,
-        )
-        for block in blocks_of(
-            layout, shape, world_size=world_size, local_world_size=local_world_size
-        )
+        Shard(**block._asdict(), weight_bytes=weights, optimizer_bytes=state)
+        for block, (weights, state) in zip(blocks, num_bytes, strict=True)
     )
 
 
