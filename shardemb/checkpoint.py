@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -212,7 +213,7 @@ def _parameter_groups(
         if isinstance(part, CombinedOptimizer):
             groups += _parameter_groups(part, f"{prefix}{key}.")
             continue
-        name_of = {
+        name_of = {  # TorchRec's keys of a part may be empty
             id(tensor): ".".join(filter(None, f"{prefix}{key}.{name}".split(".")))
             for name, tensor in part.params.items()
         }
@@ -221,12 +222,22 @@ def _parameter_groups(
     return groups
 
 
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """Learning rate and the like, as JSON can hold them."""
-    return {
+def _settings(name: str, group: dict[str, Any]) -> dict[str, Any]:
+    """Learning rate and the like of a parameter, as JSON can hold them.
+
+    Of tables as the shortest decimal of a float32: the fused kernels hold .05 as .0500000007, and a
+    replicated table holds .05, and a checkpoint is to open in either layout.
+    """
+    values = {
         key: value.item() if isinstance(value, torch.Tensor) else value
         for key, value in group.items()
         if key != "params"
+    }
+    if not name.startswith(f"{FUSED}."):
+        return values
+    return {
+        key: float(str(np.float32(value))) if isinstance(value, float) else value
+        for key, value in values.items()
     }
 
 
@@ -234,7 +245,7 @@ def _settings_of_all_ranks(optimizer: CombinedOptimizer, env: Env) -> dict[str, 
     """The settings of every parameter that any rank has."""
     with all_or_none(env, "reading the optimizer's settings"):
         mine = {
-            name: _settings(group)
+            name: _settings(name, group)
             for names, group in _parameter_groups(optimizer)
             for name in names
         }

@@ -1,6 +1,7 @@
 """The `shardemb` command: train, plan, data, doctor. Finds and calls; holds no logic of its own."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -90,7 +91,7 @@ def _list_commands(
 ) -> int:
     print(f"usage: {prog} COMMAND [ARGUMENTS]; {prog} COMMAND --help says more\n")
     for name, command in commands.items():
-        print(f"  {name:10}{command.__doc__}")
+        print(f"  {name:10}{(command.__doc__ or '').splitlines()[0]}")
     return 0 if asked else 2
 
 
@@ -102,6 +103,9 @@ def _recipe(argv: Sequence[str], command: str) -> tuple[str, list[str]]:
 
 
 def _refuse(error: object, status: int = 1) -> int:
+    if isinstance(error, BrokenPipeError):  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     print(f"error: {error}", file=sys.stderr)
     return status
 

@@ -104,7 +104,7 @@ def init_distributed(*, device: str | None = None, timeout_s: float = 1800.0) ->
         device=chosen,
         run_id=None if run_id == "none" else run_id,
     )
-    _hide_deprecations()
+    hide_notices()
     if not dist.is_initialized():
         _start(env, timedelta(seconds=timeout_s), launched="RANK" in os.environ)
     elif (dist.get_rank(), dist.get_world_size()) != (env.rank, env.world_size):
@@ -155,18 +155,22 @@ def _device(asked: str | None, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _hide_deprecations() -> None:
+def hide_notices() -> None:
+    """Hides what torch and TorchRec say of their own affairs, which a user can do nothing about."""
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(torch|torchrec)\.")
     # its gradients are right (tests/test_every_layout.py)
     warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    logging.getLogger("torchrec.distributed.utils").addFilter(_is_not_of_caching)
+    for name in ("torchrec.distributed.utils", "torchrec.distributed.comm"):
+        logging.getLogger(name).addFilter(_is_news)
 
 
-def _is_not_of_caching(record: logging.LogRecord) -> bool:
-    """Whether a warning is another than that replicated tables, which nobody caches, are not."""
-    return "caching params will be ignored" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a record is none of: replicas are not cached, and which groups a node has."""
+    text = record.getMessage()
+    known = ("caching params will be ignored", "TORCHREC_RESOLVED_POD_SIZE", "_group")
+    return not any(part in text for part in known)
 
 
 def _start(env: Env, timeout: timedelta, *, launched: bool) -> None:

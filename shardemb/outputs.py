@@ -1,29 +1,18 @@
 """What a sharded collection returns, made equal to what the unsharded one returns.
 
-In the declared order; with exact means; without gradients for frozen tables; from batches that
-differ in size between ranks.
+In the declared order; with exact means; without gradients for frozen tables.
 """
 
 # B batch of this rank, D width of a feature, N rows of a shard's output
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 from torchrec import JaggedTensor, KeyedJaggedTensor, KeyedTensor
-from torchrec.distributed.embedding_sharding import EmbeddingShardingContext
-from torchrec.distributed.embedding_types import ShardedEmbeddingModule
-from torchrec.distributed.sharding.grid_sharding import GridPooledEmbeddingDist
-from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist
-from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingDist
-from torchrec.distributed.types import Awaitable
 
-from shardemb.env import Env
 from shardemb.layouts import LAYOUTS, DataParallel
 from shardemb.modules.discovery import Collection
 
@@ -161,116 +150,3 @@ class FinishSequences:
             else rows[name]
             for name, output in self._outputs.items()
         }
-
-
-class _EvenBatches(nn.Module):
-    """An output distribution that pads the batches of all ranks to the largest, and cuts again.
-
-    The reduce-scatter of pooled rows has a gradient on gloo only where batches are equal.
-
-    Args:
-        inner: TorchRec's output distribution.
-        rank: Of this process.
-        num_nodes: The order of ranks in the output of a shard is by local rank, then by node; 1
-            where it is by rank.
-    """
-
-    def __init__(self, inner: nn.Module, *, rank: int, num_nodes: int) -> None:
-        super().__init__()
-        self._inner, self._rank, self._num_nodes = inner, rank, num_nodes
-
-    def forward(
-        self, pooled_ND: torch.Tensor, context: EmbeddingShardingContext | None = None
-    ) -> Awaitable[torch.Tensor]:
-        """Starts the exchange.
-
-        Args:
-            pooled_ND: This shard's part of the pooled rows of all ranks' samples.
-            context: Knows the size of each rank's batch.
-
-        Returns:
-            The pooled rows of this rank's samples [B, D].
-        """
-        sizes = context.batch_size_per_rank if context is not None else []
-        if context is None or len(set(sizes)) < 2 or context.variable_batch_per_feature:
-            awaitable: Awaitable[torch.Tensor] = self._inner(pooled_ND, context)
-            return awaitable
-        largest = max(sizes)
-        num_local = len(sizes) // self._num_nodes
-        in_order = [
-            sizes[local + node * num_local]
-            for local in range(num_local)
-            for node in range(self._num_nodes)
-        ]
-        padded = torch.cat(
-            [
-                functional.pad(part, (0, 0, 0, largest - len(part)))
-                for part in pooled_ND.split(in_order)
-            ]
-        )
-        even = copy.copy(context)
-        even.batch_size_per_rank = [largest] * len(sizes)
-        awaitable = self._inner(padded, even)
-        awaitable.callbacks.append(lambda out_BD: out_BD[: sizes[self._rank]])
-        return awaitable
-
-
-def allow_uneven_batches(module: ShardedEmbeddingModule, env: Env) -> None:
-    """Makes a sharded pooled collection take batches that differ in size between ranks.
-
-    Args:
-        module: The collection, which is changed.
-        env: This process.
-    """
-    for position, inner in enumerate(module._output_dists):
-        if isinstance(inner, (TwRwPooledEmbeddingDist, GridPooledEmbeddingDist)):
-            num_nodes = env.num_nodes
-        elif isinstance(inner, RwPooledEmbeddingDist):
-            num_nodes = 1
-        else:
-            continue
-        module._output_dists[position] = _EvenBatches(inner, rank=env.rank, num_nodes=num_nodes)
-
-
-def keep_replicated_sequences_apart(module: ShardedEmbeddingModule) -> None:
-    """Makes the replicated tables of a sharded sequence collection give a row for each id on CPU.
-
-    FBGEMM's dense kernel pools bags there, also where it is told not to; so each id gets a bag of
-    its own.
-
-    Args:
-        module: The collection, which is changed.
-    """
-    for lookup in module._lookups:
-        if isinstance(lookup, DistributedDataParallel):
-            lookup.register_forward_pre_hook(_one_id_per_bag)
-            lookup.register_forward_hook(_rows_of_ids)
-
-
-def _one_id_per_bag(module: nn.Module, args: tuple[Any, ...]) -> KeyedJaggedTensor:  # noqa: ARG001
-    features: KeyedJaggedTensor = args[0]
-    counts_F = torch.tensor(features.length_per_key(), device=features.device())
-    bags_B = torch.arange(max(1, *features.length_per_key()), device=features.device())
-    return KeyedJaggedTensor(
-        keys=features.keys(),
-        values=features.values(),
-        lengths=(bags_B < counts_F.unsqueeze(1)).long().flatten(),
-    )
-
-
-def _rows_of_ids(
-    module: DistributedDataParallel, args: tuple[Any, ...], flat: torch.Tensor
-) -> torch.Tensor:
-    """The rows of the ids of each feature, flat, without those of bags that only fill up."""
-    features: KeyedJaggedTensor = args[0]
-    bags, counts = features.stride(), features.length_per_key()
-    width = flat.numel() // (bags * len(counts))
-    of_groups = module.module._feature_splits
-    groups = flat.split([bags * width * number for number in of_groups])
-    rows = [
-        rows_BD
-        for group, number in zip(groups, of_groups, strict=True)
-        for rows_BD in group.view(bags, number, width).unbind(1)
-    ]
-    kept = [rows_BD[:count] for rows_BD, count in zip(rows, counts, strict=True)]
-    return torch.cat(kept).flatten()

@@ -98,8 +98,9 @@ class TrainPipeline:
         """Trains until step `num_steps` or until the loader ends.
 
         Args:
-            loader: Yields this rank's part of each global batch: anything with `.to(device)`, or a
-                dataclass, dict, list or tuple of such. Parts may differ in size.
+            loader: Yields this rank's part of each global batch: tensors and `KeyedJaggedTensor`s,
+                or a dataclass, dict, list or tuple of such; with `num_samples` anything with
+                `.to(device)`. Parts may differ in size.
             num_steps: The step after which to stop, counted from 0.
             first_step: The number of the first step; above 0 after a checkpoint was loaded.
 

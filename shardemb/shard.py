@@ -1,10 +1,13 @@
 """Puts a plan into effect: shards collections, sets the initial rows, guards the ids."""
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch.distributed as dist
 import torchrec
 from torch import nn
+from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
 
@@ -14,21 +17,18 @@ from shardemb.data.guarded_forward import GuardedForward
 from shardemb.env import Env
 from shardemb.errors import RunError
 from shardemb.layouts import DataParallel
-from shardemb.modules.discovery import Collection, Table, find_collections
+from shardemb.modules.discovery import Collection, Table, find_collections, tables_of
+from shardemb.optim import SparseOptimizer
 from shardemb.optim.replicated import mark_replicated
-from shardemb.outputs import (
-    FinishPooled,
-    FinishSequences,
-    allow_uneven_batches,
-    keep_replicated_sequences_apart,
-    outputs_of,
-)
+from shardemb.outputs import FinishPooled, FinishSequences, outputs_of
 from shardemb.placement import ShardingPlan
 from shardemb.planning.sharders import make_sharders
 from shardemb.planning.torchrec_plan import torchrec_plan
 from shardemb.plans.file import plan_to_file_text
 from shardemb.plans.fit import check_fits
+from shardemb.replicated_sequences import keep_replicated_sequences_apart
 from shardemb.rows import Origin, left_unfilled, origin_of, set_rows
+from shardemb.uneven_batches import allow_uneven_batches
 
 
 def shard_modules(
@@ -61,7 +61,7 @@ def shard_modules(
         TorchRec's `DistributedModelParallel` around the model.
 
     Raises:
-        ValueError: The plan is for another number of ranks or another model, or a TorchRec table
+        ValueError: The plan does not fit the model, the ranks or their memory, or a TorchRec table
             has an `init_fn` that cannot be drawn shard by shard.
         RunError: The ranks differ in their plans, tables or seeds, or one of them was refused.
     """
@@ -70,8 +70,7 @@ def shard_modules(
     _give_frozen_tables_an_optimizer(collections)
     replicated = {
         name: (table.optimizer, table.optimizer_options)  # before TorchRec renames the options
-        for collection in collections.values()
-        for name, table in collection.tables.items()
+        for name, table in tables_of(collections).items()
         if layout_of[name] == DataParallel.torchrec_name
     }
     with left_unfilled(collections.values()):
@@ -88,12 +87,7 @@ def shard_modules(
         )
     for path, collection in collections.items():
         module = sharded.module.get_submodule(path)
-        state = module.state_dict()
-        prefix = "embedding_bags" if collection.is_pooled else "embeddings"
-        for name in collection.tables:
-            set_rows(state[f"{prefix}.{name}.weight"], origins[name], env)
-            if name in replicated:
-                mark_replicated(module.get_parameter(f"{prefix}.{name}.weight"), *replicated[name])
+        _fill(module, collection, origins, replicated, env)
         limits = limits_of(
             [table.config for table in collection.tables.values()],
             is_weighted=collection.is_weighted,
@@ -101,15 +95,32 @@ def shard_modules(
         guard = GuardedForward(limits, check_ids=check_ids)
         module.register_forward_pre_hook(guard, with_kwargs=True)
         outputs = outputs_of(collection, layout_of)
-        if not collection.is_pooled:
-            module.register_forward_hook(FinishSequences(outputs))
+        if collection.is_pooled:
+            module._has_mean_pooling_callback = False  # FinishPooled divides
+            allow_uneven_batches(module, env)
+            module.register_forward_hook(FinishPooled(outputs, declared_order=declared_order))
+        else:
             if env.device.type == "cpu":
                 keep_replicated_sequences_apart(module)
-            continue
-        module._has_mean_pooling_callback = False
-        allow_uneven_batches(module, env)
-        module.register_forward_hook(FinishPooled(outputs, declared_order=declared_order))
+            module.register_forward_hook(FinishSequences(outputs))
     return sharded
+
+
+def _fill(
+    module: ShardedEmbeddingModule,
+    collection: Collection,
+    origins: Mapping[str, Origin],
+    replicated: Mapping[str, tuple[type[SparseOptimizer], dict[str, Any]]],
+    env: Env,
+) -> None:
+    """Gives a sharded collection its rows, and its replicated tables what trains them."""
+    state = module.state_dict()
+    within = "embedding_bags" if collection.is_pooled else "embeddings"
+    for name in collection.tables:
+        weight = f"{within}.{name}.weight"
+        set_rows(state[weight], origins[name], env)
+        if name in replicated:
+            mark_replicated(module.get_parameter(weight), *replicated[name])
 
 
 def _checked(
@@ -124,11 +135,7 @@ def _checked(
     with all_or_none(env, "sharding the model"):
         collections = find_collections(model)
         check_fits(plan, collections, env, "the plan")
-        tables = {
-            name: table
-            for collection in collections.values()
-            for name, table in collection.tables.items()
-        }
+        tables = tables_of(collections)
         origins = {name: origin_of(table) for name, table in tables.items()}
         said = [plan_to_file_text(plan), repr(origins), *map(_declared, tables.values())]
     digests = [""] * env.world_size
@@ -149,8 +156,7 @@ def _declared(table: Table) -> str:
 
 def _give_frozen_tables_an_optimizer(collections: dict[str, Collection]) -> None:
     """TorchRec's kernels need one; it has no state, and `outputs.py` lets no gradient through."""
-    for collection in collections.values():
-        for table in collection.tables.values():
-            if not table.trainable:
-                table.weight._optimizer_classes = [torchrec.optim.SGD]  # type: ignore[attr-defined]
-                table.weight._optimizer_kwargs = [{"lr": 0.0}]  # type: ignore[attr-defined]
+    for table in tables_of(collections).values():
+        if not table.trainable:
+            table.weight._optimizer_classes = [torchrec.optim.SGD]  # type: ignore[attr-defined]
+            table.weight._optimizer_kwargs = [{"lr": 0.0}]  # type: ignore[attr-defined]

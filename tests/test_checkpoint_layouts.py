@@ -85,3 +85,20 @@ def test_accumulators_of_slices_do_not_open_as_accumulators_of_rows(
     model, combined, _ = trained(env, rows, 1)
     with pytest.raises((ValueError, RuntimeError), match="momentum1' of shape"):
         se.load_checkpoint(path, model, combined, env=env)
+
+
+@spmd(world_size=1)
+def test_one_optimizer_opens_where_replicated_tables_and_others_are_one_group(
+    env: Env, tmp_path: Path
+) -> None:
+    tables = make_tables(optim.Adagrad(lr=0.05))  # which float32 does not hold
+    whole: dict[str, Layout] = dict.fromkeys(NAMES, layouts.table_wise())
+    mixed = Case(tables=tables, where=whole | {"user": layouts.data_parallel()}, num_samples=[4])
+    model, combined, rows = trained(env, mixed, 2)
+    path = se.save_checkpoint(tmp_path / "mixed", model, combined, step=2, env=env)
+    model, combined, before = trained(env, Case(tables=tables, where=whole, num_samples=[4]), 1)
+    assert se.load_checkpoint(path, model, combined, env=env) == 2
+    after = all_rows(mixed, model, combined)
+    for name, expected in rows.items():
+        assert not torch.equal(before[name], expected)
+        assert torch.equal(after[name], expected)

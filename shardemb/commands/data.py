@@ -10,16 +10,26 @@ _PROGRESS_EVERY_S = 5.0
 
 
 def generate(argv: Sequence[str]) -> int:
-    """Writes a generated click log in Criteo's format, with the best AUC it allows."""
-    parser = argparse.ArgumentParser(prog="shardemb data generate", description=generate.__doc__)
+    """Writes a generated click log in Criteo's format, with the best AUC it allows.
+
+    Raises:
+        FileExistsError: The folder holds a log already.
+    """
+    parser = argparse.ArgumentParser(
+        prog="shardemb data generate", description=(generate.__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("out", help="folder for train.txt, test.txt and generated.json")
-    parser.add_argument("--rows", type=int, default=300_000, help="rows to train on")
-    parser.add_argument("--test-rows", type=int, default=30_000, help="rows to hold out")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the generator")
+    parser.add_argument("--rows", type=int, default=300_000, help="rows to train on (%(default)s)")
+    parser.add_argument(
+        "--test-rows", type=int, default=30_000, help="rows to hold out (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generator (%(default)s)")
     asked = parser.parse_args(argv)
 
     from shardemb.data.generated import write_click_log
 
+    if any(Path(asked.out, name).exists() for name in ("train.txt", "test.txt", "generated.json")):
+        raise FileExistsError(f"{asked.out} holds a click log already; give another folder")
     log = write_click_log(
         Path(asked.out), num_train=asked.rows, num_test=asked.test_rows, seed=asked.seed
     )

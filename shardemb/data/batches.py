@@ -17,6 +17,7 @@ from shardemb.data.bags import read_ids, read_weights
 from shardemb.data.id_counts import IdCounts
 from shardemb.data.id_guard import FeatureLimit, IdGuard
 from shardemb.data.id_policies import IdPolicy, Lookups, apply_policy, policies_of
+from shardemb.env import hide_notices
 
 PADDING = -1
 
@@ -128,6 +129,7 @@ class _Maker:
     """What a batch is made by: the tables' policies and the guard."""
 
     def __init__(self, tables: Sequence[TableConfig | BaseEmbeddingConfig], padding: int) -> None:
+        hide_notices()  # batches are made where no process group is, too
         if isinstance(padding, bool) or not isinstance(padding, int):
             raise ValueError(f"padding must be an integer, got {padding!r}")
         self.policies = policies_of(tables)

@@ -127,7 +127,7 @@ def find_collections(model: nn.Module) -> dict[str, Collection]:
                 "of which TorchRec would shard the first only; hold it once"
             )
         path_of[id(module)] = path
-        found[path] = Collection(path=path, module=module, tables=_tables_of(module))
+        found[path] = Collection(path=path, module=module, tables=_tables_in(module))
         for table in found[path].tables.values():
             _check_table(table)
             if table.name in path_of_table:
@@ -145,7 +145,16 @@ def find_collections(model: nn.Module) -> dict[str, Collection]:
     return found
 
 
-def _tables_of(
+def tables_of(collections: Mapping[str, Collection]) -> dict[str, Table]:
+    """All tables of some collections by their names, which differ."""
+    return {
+        name: table
+        for collection in collections.values()
+        for name, table in collection.tables.items()
+    }
+
+
+def _tables_in(
     module: torchrec.EmbeddingBagCollection | torchrec.EmbeddingCollection,
 ) -> dict[str, Table]:
     if isinstance(module, torchrec.EmbeddingBagCollection):
