@@ -61,6 +61,31 @@ class _WithoutGradient(torch.autograd.Function):
         return torch.zeros_like(gradients[0])
 
 
+class _OneBackward:
+    """A gradient hook of a replicated table's output: refuses a second backward of one forward.
+
+    DistributedDataParallel averages gradients over ranks in the first only; after a second the
+    replicas would go apart.
+    """
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def __call__(self, gradient: torch.Tensor) -> None:  # noqa: ARG002
+        if self._done:
+            raise ValueError(
+                "a data_parallel table takes part in a second backward of one forward, whose "
+                "gradients would not be averaged over the ranks; add the losses up and call "
+                "backward once, or do another forward"
+            )
+        self._done = True
+
+
+def _watch(values: torch.Tensor) -> None:
+    if values.requires_grad:
+        values.register_hook(_OneBackward())
+
+
 def outputs_of(collection: Collection, layout_of: Mapping[str, str]) -> dict[str, _Output]:
     """What is to be done to the outputs of a sharded collection, by their names, as declared.
 
@@ -71,19 +96,15 @@ def outputs_of(collection: Collection, layout_of: Mapping[str, str]) -> dict[str
     Returns:
         One entry for each feature, and for a feature of two tables one for each "feature@table".
     """
-    shared = set(collection.shared_features)
-    outputs = {}
-    for table in collection.tables.values():
-        layout = layout_of[table.name]
-        for feature in table.config.feature_names:
-            name = f"{feature}@{table.name}" if feature in shared else feature
-            outputs[name] = _Output(
-                feature=feature,
-                mean=table.pooling == "mean" and LAYOUTS[layout].splits_rows,
-                frozen=not table.trainable,
-                replicated=layout == DataParallel.torchrec_name,
-            )
-    return outputs
+    return {
+        name: _Output(
+            feature=feature,
+            mean=table.pooling == "mean" and LAYOUTS[layout_of[table.name]].splits_rows,
+            frozen=not table.trainable,
+            replicated=layout_of[table.name] == DataParallel.torchrec_name,
+        )
+        for name, feature, table in collection.outputs
+    }
 
 
 class FinishPooled:
@@ -102,12 +123,15 @@ class FinishPooled:
     def __init__(self, outputs: Mapping[str, _Output], *, declared_order: bool) -> None:
         self._outputs, self._declared_order = outputs, declared_order
         self._only_order = not any(output.mean or output.frozen for output in outputs.values())
+        self._replicated = any(output.replicated for output in outputs.values())
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
         """What torch calls after a forward."""
         output.callbacks.append(lambda pooled: self._finish(pooled, args[0]))
 
     def _finish(self, pooled: KeyedTensor, batch: KeyedJaggedTensor) -> KeyedTensor:
+        if self._replicated:
+            _watch(pooled.values())
         keys = list(self._outputs if self._declared_order else pooled.keys())
         if self._only_order and list(pooled.keys()) == keys:
             return pooled
@@ -140,6 +164,9 @@ class FinishSequences:
     def _finish(
         self, rows: Mapping[str, JaggedTensor], batch: KeyedJaggedTensor
     ) -> dict[str, JaggedTensor]:
+        for name, output in self._outputs.items():
+            if output.replicated:
+                _watch(rows[name].values())
         return {
             name: JaggedTensor(
                 values=output.of(rows[name].values(), batch),

@@ -28,14 +28,14 @@ def num_samples_of(batch: Any) -> int:
         batch: A tensor, a `KeyedJaggedTensor`, or a dataclass, dict, list or tuple that holds some.
 
     Returns:
-        The number of samples: of its first `KeyedJaggedTensor`; else the length of its floating
-        tensors, labels and dense features; else that of its tensors.
+        The number of samples: of its first `KeyedJaggedTensor`; else the length of its dense
+        features, floating and of two dimensions or more; else that of its tensors.
 
     Raises:
-        ValueError: There is neither, or their lengths differ.
+        ValueError: There is neither, or their lengths differ: some may be flat ids.
 
     Example:
-        >>> num_samples_of({"ids": torch.zeros(20).long(), "labels": torch.zeros(8)})
+        >>> num_samples_of({"ids": torch.zeros(20).long(), "dense": torch.zeros(8, 3)})
         8
     """
     leaves = list(_leaves(batch))
@@ -43,7 +43,8 @@ def num_samples_of(batch: Any) -> int:
         if isinstance(leaf, KeyedJaggedTensor):
             return int(leaf.stride())
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0]
-    telling = [tensor for tensor in tensors if tensor.is_floating_point()] or tensors
+    dense = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dim() > 1]
+    telling = dense or tensors
     lengths = sorted({len(tensor) for tensor in telling})
     if len(lengths) != 1:
         why = f"its tensors have lengths {lengths}" if lengths else "it holds no tensor"
@@ -281,6 +282,10 @@ def _check(guards: Sequence[GuardedForward], batch: KeyedJaggedTensor) -> list[G
         for guarded in guards
         if keys.issuperset(guarded.guard.feature_names) and guarded.guard.is_weighted == has_weights
     ]
+    if not able:  # it may be meant for the collection with which it shares the most features
+        meant = max(guards, key=lambda one: len(keys & {*one.guard.feature_names}), default=None)
+        if meant is not None and keys & {*meant.guard.feature_names}:
+            meant.guard.check_features(batch)
     for guarded in able:
         guarded.guard.check(batch)
     return able

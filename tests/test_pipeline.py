@@ -206,11 +206,12 @@ def test_a_forward_without_a_loss_is_refused(env: Env) -> None:
 def test_the_size_of_a_batch_is_found_in_any_container() -> None:
     assert num_samples_of({"x": [unguarded([1, 2, 3]), torch.zeros(7)]}) == 3
     assert num_samples_of((torch.zeros(()), torch.zeros(7))) == 7
-    assert num_samples_of((torch.arange(20), torch.arange(7), torch.zeros(7))) == 7
+    assert num_samples_of((torch.arange(20), torch.arange(7), torch.zeros(7, 2))) == 7
     with pytest.raises(ValueError, match="samples of a batch of type str: it holds no tensor"):
         num_samples_of("batch")
-    with pytest.raises(ValueError, match=r"lengths \[7, 20\]; say it by TrainPipeline\(..., num_s"):
-        num_samples_of((torch.arange(20), torch.arange(7)))
+    for weights in ((), (torch.zeros(20),)):
+        with pytest.raises(ValueError, match=r"lengths \[7, 20\]; say it by TrainPipeline\(..., n"):
+            num_samples_of((torch.arange(20), torch.arange(7), *weights))
 
 
 class Keyed(Small):
@@ -345,3 +346,30 @@ def test_plain_and_weighted_batches_of_one_feature_reach_their_collections(env: 
     swapped = {"plain": batch["weighted"], "weighted": batch["plain"]}
     with pytest.raises(ValueError, match="the batch has weights, and the tables do not use them"):
         sharded(swapped)
+
+
+@spmd(world_size=2)
+def test_a_batch_of_other_features_or_weights_on_one_rank_is_refused_on_all(env: Env) -> None:
+    wide = replace(TABLE, feature_names=("t", "u"))
+    batch = se.keyed_jagged_tensor({"t": [[1]], "u": [[2]]}, [wide])
+    other = KeyedJaggedTensor(keys=["t", "z"], values=batch.values(), lengths=batch.lengths())
+    weighted = KeyedJaggedTensor(
+        keys=["t", "u"],
+        values=batch.values(),
+        lengths=batch.lengths(),
+        weights=torch.ones(2),
+    )
+
+    class Wide(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.collection = se.EmbeddingBagCollection([wide])
+
+    model = Wide()
+    sharded = se.shard_modules(model, se.plan_sharding(model, env, {"t": layouts.row_wise()}), env)
+    pipeline = se.TrainPipeline(sharded, se.build_optimizer(sharded), env)
+    expected = ValueError if env.rank == 1 else OtherRankError
+    for wrong, text in ((other, "feature 'u' of table 't' is not in"), (weighted, "has weights")):
+        mine = [batch, wrong if env.rank == 1 else batch]
+        with pytest.raises(expected, match=text):
+            list(pipeline.run(mine, 2))

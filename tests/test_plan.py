@@ -96,7 +96,9 @@ def test_an_impossible_layout_is_refused(where: dict[str, Any], text: str) -> No
 def test_ids_of_a_feature_that_no_table_looks_up_are_refused() -> None:
     model = se.EmbeddingBagCollection([table("a"), table("b", feature_names=("bought", "seen"))])
     workload = se.Workload(ids_per_sample={"bougt": 50})
-    text = r"names feature 'bougt', the tables look up 'a', 'bought', 'seen'; did you mean 'bought'\?"
+    text = (
+        r"names feature 'bougt', the tables look up 'a', 'bought', 'seen'; did you mean 'bought'\?"
+    )
     with pytest.raises(ValueError, match=text):
         se.plan_sharding(model, Env(), workload=workload)
 
@@ -256,3 +258,14 @@ def test_the_planner_places_the_others_around_named_ranks() -> None:
 def test_an_impossible_env_is_refused(fields: dict[str, int], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Env(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [se.EmbeddingBagCollection, se.EmbeddingCollection])
+def test_two_outputs_of_one_name_are_refused(make: Any) -> None:
+    tables = [
+        table("t", feature_names=("f",)),
+        table("u", feature_names=("f",)),
+        table("v", feature_names=("f@t",)),
+    ]
+    with pytest.raises(ValueError, match="collection '' has two outputs 'f@t': of a feature of"):
+        se.plan_sharding(make(tables), Env())

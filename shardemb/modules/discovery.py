@@ -96,10 +96,14 @@ class Collection:
         return any(table.is_weighted for table in self.tables.values())
 
     @property
-    def shared_features(self) -> list[str]:
-        """Features that more than one of its tables look up."""
+    def outputs(self) -> list[tuple[str, str, Table]]:
+        """The name of each output, its feature and its table, as declared."""
         features = [name for table in self.tables.values() for name in table.config.feature_names]
-        return sorted({name for name in features if features.count(name) > 1})
+        return [
+            (f"{name}@{table.name}" if features.count(name) > 1 else name, name, table)
+            for table in self.tables.values()
+            for name in table.config.feature_names
+        ]
 
 
 def find_collections(model: nn.Module) -> dict[str, Collection]:
@@ -128,6 +132,7 @@ def find_collections(model: nn.Module) -> dict[str, Collection]:
             )
         path_of[id(module)] = path
         found[path] = Collection(path=path, module=module, tables=_tables_in(module))
+        _check_outputs(found[path])
         for table in found[path].tables.values():
             _check_table(table)
             if table.name in path_of_table:
@@ -176,6 +181,21 @@ def _tables_in(
         )
         for config in module.embedding_configs()
     }
+
+
+def _check_outputs(collection: Collection) -> None:
+    """Refuses outputs of one name, of which TorchRec would return one.
+
+    Raises:
+        ValueError: There are two.
+    """
+    names = [name for name, _, _ in collection.outputs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"collection {collection.path!r} has two outputs {twice[0]!r}: of a feature of that "
+            "name, and of a feature that two tables look up; rename one of the features"
+        )
 
 
 def _check_not_embeddings(path: str, module: nn.Module) -> None:
