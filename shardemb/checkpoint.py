@@ -28,7 +28,9 @@ _FORMAT = 2
 _HEADER = "shardemb.json"
 _PARTIAL = ".partial"
 _OPTIMIZER = "optim"
-_SCHEDULED = "initial_lr"  # of a learning-rate scheduler
+_METADATA = ".metadata"  # torch's
+_SCHEDULED = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+"""What torch's schedulers of learning rates add to parameter groups."""
 
 
 def save_checkpoint(
@@ -56,11 +58,15 @@ def save_checkpoint(
 
     Raises:
         FileExistsError: The folder exists.
-        OSError: It cannot be made.
+        ValueError: `step` is negative.
+        OSError: The folder cannot be made.
         RunError: It cannot be written, a rank does not see it, or another rank failed.
     """
     env = env or init_distributed()
     path = Path(path)
+    step = operator.index(step)
+    if step < 0:
+        raise ValueError(f"step must not be negative, got {step}; give the number of steps done")
     partial = path.with_name(path.name + _PARTIAL)
     settings = _settings_of_all_ranks(optimizer, env)
     state = _model_and_fused_state(model, optimizer) | _dense_state(optimizer)
@@ -72,7 +78,7 @@ def save_checkpoint(
             partial.mkdir(parents=True)
             header = {
                 "format": _FORMAT,
-                "step": operator.index(step),
+                "step": step,
                 "world_size": env.world_size,
                 "settings": settings,
             }
@@ -82,7 +88,10 @@ def save_checkpoint(
     try:
         dcp.save(state, storage_writer=FileSystemWriter(partial))
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
-        raise RunError(f"checkpoint {path} could not be written: {error}") from error
+        raise RunError(
+            f"checkpoint {path} could not be written: {_first_cause(error)}; see to the disk, or "
+            "save to another folder"
+        ) from error
     with all_or_none(env, f"completing the checkpoint {path}"):
         if env.is_main:
             os.replace(partial, path)
@@ -111,8 +120,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: The checkpoint and the model or its optimizers differ; the message names the
-            first difference.
+        ValueError: The checkpoint is damaged, or it and the model or its optimizers differ; the
+            message names the first difference.
         RunError: The checkpoint cannot be read, or another rank failed.
     """
     env = env or init_distributed()
@@ -120,7 +129,7 @@ def load_checkpoint(
     tables_and_dense = _model_and_fused_state(model, optimizer)
     with all_or_none(env, f"reading the checkpoint {path}"):
         header = _read_header(path)
-        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        stored = _read_metadata(path)
         _check_fits(path, tables_and_dense, stored)
         dense_state = _empty_dense_state(stored)
         settings = _settings_to_restore(path, optimizer, header["settings"])
@@ -128,7 +137,10 @@ def load_checkpoint(
     try:
         dcp.load(tables_and_dense | dense_state, storage_reader=FileSystemReader(path))
     except (Exception, CheckpointException) as error:
-        raise RunError(f"checkpoint {path} could not be read: {error}") from error
+        raise RunError(
+            f"checkpoint {path} could not be read: {_first_cause(error)}; see to the disk, or "
+            "load an older checkpoint"
+        ) from error
     _restore_dense_state(optimizer, dense_state)
     for group, saved in settings:
         group.update(saved)
@@ -146,7 +158,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
         Its path.
 
     Raises:
-        ValueError: A checkpoint is of another format.
+        ValueError: A checkpoint is damaged or of another format.
     """
     paths = [path.parent for path in Path(folder).glob(f"*/{_HEADER}")]
     complete = [path for path in paths if not path.name.endswith(_PARTIAL)]
@@ -267,7 +279,7 @@ def _settings_to_restore(
         for name in names:
             if name not in saved:
                 raise ValueError(f"checkpoint {path} has no optimizer settings of {name!r}")
-            differ = (set(saved[name]) ^ set(group)) - {"params", _SCHEDULED}
+            differ = (set(saved[name]) ^ set(group)) - {"params"} - _SCHEDULED
             if differ:
                 raise ValueError(
                     f"checkpoint {path}: the optimizer of {name!r} was saved with other settings, "
@@ -305,21 +317,60 @@ def _read_header(path: Path) -> dict[str, Any]:
     if not (path / _HEADER).is_file():
         raise FileNotFoundError(f"{path} is not a checkpoint: it has no {_HEADER}")
     try:
-        header: dict[str, Any] = json.loads((path / _HEADER).read_text())
-        known = {"format", "step", "settings"} <= set(header)
-    except (ValueError, TypeError):
-        known = False
-    if not known:
-        raise ValueError(
-            f"checkpoint {path} is damaged: its {_HEADER} is not as it was written; remove the "
-            "folder, and an older checkpoint is the latest"
-        )
+        header = json.loads((path / _HEADER).read_text(encoding="utf-8"))
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or not {"format", "step", "settings"} <= set(header):
+        raise ValueError(_damaged(path, f"its {_HEADER} is not as it was written"))
     if header["format"] != _FORMAT:
         raise ValueError(
             f"checkpoint {path} has format {header['format']}, this version of shardemb reads "
             f"{_FORMAT}"
         )
+    settings = header["settings"]
+    is_typed = (
+        type(header["step"]) is int
+        and isinstance(settings, dict)
+        and all(isinstance(of_one, dict) for of_one in settings.values())
+    )
+    if not is_typed:
+        raise ValueError(_damaged(path, f"its {_HEADER} is not as it was written"))
     return header
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    """What torch wrote down of each tensor.
+
+    Raises:
+        ValueError: It is not there, or is something else.
+        OSError: It cannot be read.
+    """
+    try:
+        stored: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
+    except FileNotFoundError as error:
+        raise ValueError(_damaged(path, f"it has no {_METADATA}")) from error
+    except OSError:
+        raise
+    except Exception as error:  # a pickle of anything may raise anything
+        raise ValueError(_damaged(path, f"its {_METADATA} is not as it was written")) from error
+    return stored
+
+
+def _damaged(path: Path, how: str) -> str:
+    return (
+        f"checkpoint {path} is damaged: {how}; remove the folder, and an older checkpoint is the "
+        "latest"
+    )
+
+
+def _first_cause(error: BaseException) -> str:
+    """What the first rank that failed met, in one line; torch gives the tracebacks of all."""
+    who = ""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (error, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        who = f"rank {rank}: "
+    lines = str(error).strip().splitlines()
+    return f"{who}{type(error).__name__}" + (f": {lines[0]}" if lines else "")
 
 
 def _check_fits(path: Path, state: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
@@ -335,6 +386,24 @@ def _check_fits(path: Path, state: Mapping[str, Any], stored: Mapping[str, Any])
                 f"checkpoint {path} has {name!r} of shape {list(stored[name].size)}, the model of "
                 f"{list(shape)}"
             )
+        if name.startswith("model/"):
+            _check_dtype(path, name, tensor, stored[name])
     unread = [name for name in stored if name.startswith("model/") and name not in state]
     if unread:
         raise ValueError(f"checkpoint {path} has {unread[0]!r}, which the model does not have")
+
+
+def _check_dtype(path: Path, name: str, tensor: Any, stored: TensorStorageMetadata) -> None:
+    """Refuses to round or widen values unasked.
+
+    Raises:
+        ValueError: The checkpoint holds another dtype.
+    """
+    is_sharded = isinstance(tensor, ShardedTensor)  # of which this rank may have nothing
+    dtype = tensor.metadata().tensor_properties.dtype if is_sharded else tensor.dtype
+    if dtype != stored.properties.dtype:
+        held, wanted = (str(one).removeprefix("torch.") for one in (stored.properties.dtype, dtype))
+        raise ValueError(
+            f"checkpoint {path} has {name!r} of {held}, the model of {wanted}; build the model "
+            f"with {held}, which for a table is the dtype of its TableConfig"
+        )

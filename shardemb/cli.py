@@ -9,12 +9,24 @@ from importlib import import_module
 from shardemb import __version__
 
 RECIPES = ("dlrm",)
+_INTERRUPTED = 130  # as shells have it: 128 and the number of SIGINT
 
 
 def train(argv: Sequence[str]) -> int:
-    """Runs a recipe in this process: on one rank, or on those that torchrun started."""
+    """Runs a recipe in this process: on one rank, or on those that torchrun started.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the process then ends without waiting for other ranks.
+    """
     recipe, rest = _recipe(argv, "train")
-    status: int = import_module(f"shardemb.recipes.{recipe}").main(rest, prog="shardemb train")
+    module = import_module(f"shardemb.recipes.{recipe}")
+    try:
+        status: int = module.main(rest, prog="shardemb train")
+    except KeyboardInterrupt:
+        from shardemb.env import leave_at_once
+
+        leave_at_once(_INTERRUPTED)
+        raise
     return status
 
 
@@ -27,6 +39,8 @@ def plan(argv: Sequence[str]) -> int:
             return diff(argv[1:])
         except (ValueError, OSError) as error:
             return _refuse(error, 2)
+        except Exception as error:  # noqa: BLE001 - 1 would mean that the plans differ
+            return _refuse(f"{type(error).__name__}: {error}", 2)
     name, rest = _recipe(argv, "plan")
     from shardemb.errors import RunError
 
@@ -83,7 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if argv[0] not in COMMANDS:
         return _refuse(f"there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}", 2)
-    return COMMANDS[argv[0]](argv[1:])
+    try:
+        return COMMANDS[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        return _refuse("interrupted", _INTERRUPTED)
 
 
 def _list_commands(

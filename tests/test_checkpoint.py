@@ -1,13 +1,15 @@
 """Checkpoints: exact, whole or absent, and refused where they do not fit."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torchrec import KeyedJaggedTensor
 
 import shardemb as se
@@ -36,11 +38,14 @@ class Model(nn.Module):
 
 
 def make_tables(
-    num_embeddings: int = 40, optimizer: SparseOptimizer = ROW_WISE_ADAGRAD
+    num_embeddings: int = 40,
+    optimizer: SparseOptimizer = ROW_WISE_ADAGRAD,
+    dtype: Literal["float32", "float16"] = "float32",
 ) -> list[se.TableConfig]:
     return [
         se.TableConfig(
             name=name,
+            dtype=dtype,
             num_embeddings=num_embeddings,
             embedding_dim=8,
             feature_names=(name,),
@@ -56,8 +61,9 @@ def build(
     num_embeddings: int = 40,
     optimizer: SparseOptimizer = ROW_WISE_ADAGRAD,
     dense: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    dtype: Literal["float32", "float16"] = "float32",
 ) -> tuple[nn.Module, Any]:
-    model = Model(make_tables(num_embeddings, optimizer))
+    model = Model(make_tables(num_embeddings, optimizer, dtype))
     where = where or {"a": layouts.row_wise(), "b": layouts.table_wise(rank=0)}
     for number, name in enumerate("cdef"):
         where[name] = layouts.table_wise(rank=number % env.world_size)
@@ -154,6 +160,65 @@ def test_checkpoints_that_do_not_fit_are_refused(env: Env, tmp_path: Path) -> No
     larger, its_optimizer = build(env, num_embeddings=50)
     with pytest.raises(ValueError, match=r"a.weight' of shape \[40, 8\], the model of \[50, 8\]"):
         se.load_checkpoint(path, larger, its_optimizer, env=env)
+    half, its_optimizer = build(env, dtype="float16")
+    with pytest.raises(
+        ValueError,
+        match=r"a.weight' of float32, the model of float16; build the model with float32",
+    ):
+        se.load_checkpoint(path, half, its_optimizer, env=env)
+    losses(half, its_optimizer, env, 0, 1)
+    halves = se.save_checkpoint(tmp_path / "halves", half, its_optimizer, step=1, env=env)
+    with pytest.raises(ValueError, match=r"a.weight' of float16, the model of float32"):
+        se.load_checkpoint(halves, model, optimizer, env=env)
+    moved: dict[str, Layout] = {
+        "a": layouts.column_wise(ranks=[1, 0]),
+        "b": layouts.column_wise(ranks=[0, 1]),
+    }
+    half, its_optimizer = build(env, moved, dtype="float16", optimizer=optim.Adagrad(lr=0.1))
+    losses(half, its_optimizer, env, 0, 1)
+    path = se.save_checkpoint(tmp_path / "moved", half, its_optimizer, step=1, env=env)
+    half, its_optimizer = build(env, dtype="float16", optimizer=optim.Adagrad(lr=0.1))
+    assert se.load_checkpoint(path, half, its_optimizer, env=env) == 1
+    with pytest.raises(ValueError, match="step must not be negative, got -1"):
+        se.save_checkpoint(tmp_path / "-1", model, optimizer, step=-1, env=env)
+    assert not list(tmp_path.glob("-1*"))
+
+
+@spmd(world_size=2)
+def test_a_one_cycle_schedule_goes_on_where_it_was(env: Env, tmp_path: Path) -> None:
+    def schedule(optimizer: Any, last_epoch: int = -1) -> OneCycleLR:
+        return OneCycleLR(
+            optimizer, max_lr=0.4, total_steps=10, cycle_momentum=False, last_epoch=last_epoch
+        )
+
+    def rates(optimizer: Any, scheduler: OneCycleLR, num_steps: int) -> list[float]:
+        seen = []
+        for _ in range(num_steps):
+            optimizer.step()
+            scheduler.step()
+            seen += [group["lr"] for group in optimizer.param_groups]
+        return seen
+
+    model, optimizer = build(env)
+    losses(model, optimizer, env, 0, 1)
+    scheduler = schedule(optimizer)
+    rates(optimizer, scheduler, 4)
+    path = se.save_checkpoint(tmp_path / "4", model, optimizer, step=4, env=env)
+    saved = [group["lr"] for group in optimizer.param_groups]
+    expected = rates(optimizer, scheduler, 5)
+    fresh, its_optimizer = build(env)
+    assert se.load_checkpoint(path, fresh, its_optimizer, env=env) == 4
+    assert [group["lr"] for group in its_optimizer.param_groups] == pytest.approx(saved)
+    scheduler = schedule(its_optimizer, last_epoch=3)
+    assert rates(its_optimizer, scheduler, 5) == pytest.approx(expected)
+    plain, its_optimizer = build(env)
+    losses(plain, its_optimizer, env, 0, 1)
+    path = se.save_checkpoint(tmp_path / "plain", plain, its_optimizer, step=1, env=env)
+    schedule(optimizer)
+    assert se.load_checkpoint(path, model, optimizer, env=env) == 1
+    assert [group["max_lr"] for group in optimizer.param_groups] == [0.4] * len(
+        optimizer.param_groups
+    )
 
 
 @spmd(world_size=2)
@@ -174,12 +239,47 @@ def test_a_broken_folder_is_not_the_latest(env: Env, tmp_path: Path) -> None:
         for file in path.glob("*.distcp"):
             file.write_bytes(file.read_bytes()[:100])
     torch.distributed.barrier()
-    with pytest.raises(RunError, match="9 could not be read"):
-        se.load_checkpoint(path, model, optimizer, env=env)
-    if env.is_main:
-        (path / "shardemb.json").write_text("{")
-    torch.distributed.barrier()
     with pytest.raises(
-        ValueError, match=r"9 is damaged: its shardemb\.json is not as it was written"
-    ):
+        RunError, match=r"9 could not be read: rank 0: \w+: .*; see to the d"
+    ) as caught:
+        se.load_checkpoint(path, model, optimizer, env=env)
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+@spmd(world_size=2)
+def test_a_damaged_checkpoint_is_called_so(env: Env, tmp_path: Path) -> None:
+    model, optimizer = build(env)
+    path = se.save_checkpoint(tmp_path / "9", model, optimizer, step=9, env=env)
+    metadata, header = path / ".metadata", path / "shardemb.json"
+    whole = json.loads(header.read_text())
+
+    def refused(match: str) -> None:
+        torch.distributed.barrier()
+        with pytest.raises(ValueError, match=f"9 is damaged: {match}.*; remove the folder, and an"):
+            se.load_checkpoint(path, model, optimizer, env=env)
+        torch.distributed.barrier()
+
+    def write(text: str) -> None:
+        torch.distributed.barrier()
+        if env.is_main:
+            header.write_text(text)
+
+    not_as_written = r"its shardemb\.json is not as it was written"
+    for wrong in ({"settings": 5}, {"settings": {"fused": 1}}, {"step": "9"}, {"step": None}):
+        write(json.dumps(whole | wrong))
+        refused(not_as_written)
+    for text in ("{", "[]", "5"):
+        write(text)
+        refused(not_as_written)
+    with pytest.raises(ValueError, match=not_as_written):
         latest_checkpoint(tmp_path)
+    write(json.dumps(whole))
+    for garbage in (b"spam and eggs", b"", pickle.dumps(5)):
+        torch.distributed.barrier()
+        if env.is_main:
+            metadata.write_bytes(garbage)
+        refused(r"its \.metadata is not as it was written")
+    if env.is_main:
+        metadata.unlink()
+    refused(r"it has no \.metadata")

@@ -37,7 +37,7 @@ def test_a_plan_is_saved_drawn_and_read_again(
     assert plan("--world-size", 4, "--num-nodes", 2, "--plan", file, "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads(made.to_json())
     assert plan("--world-size", 8, "--plan", file) == 1
-    assert "it is for 4 ranks on 2 nodes, there are 8 ranks on 1 node" in capsys.readouterr().err
+    assert "it is for 4 ranks on 2 nodes, this run has 8 ranks on 1 node" in capsys.readouterr().err
 
 
 def test_the_batch_is_that_of_all_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +121,10 @@ def test_diff_exits_with_0_1_or_2(tmp_path: Path) -> None:
     assert damaged.returncode == 2
     assert damaged.stderr.startswith(f"error: {bad} is not a plan, or is damaged: Expecting")
     assert cli.main(["plan", "diff", str(one), str(tmp_path / "none.json")]) == 2
+    bad.write_text("[" * 200_000)
+    assert cli.main(["plan", "diff", str(one), str(bad)]) == 2
+    bad.write_text(one.read_text().replace("1000", "Infinity").replace("2000", "1e999"))
+    assert cli.main(["plan", "diff", str(one), str(bad)]) == 2
     with pytest.raises(SystemExit, match="2"):
         cli.main(["plan", "diff", str(one)])
 
@@ -147,7 +151,13 @@ def test_training_goes_by_a_plan_file_and_on_with_other_ranks(tmp_path: Path) ->
     refused = shell(*common, "--out", tmp_path / "b", "--plan", other)
     assert refused.returncode == 1
     assert "error: the plan in" in refused.stderr
-    assert "it is for 2 ranks on 1 node, there are 1 rank on 1 node" in refused.stderr
+    assert "it is for 2 ranks on 1 node, this run has 1 rank on 1 node" in refused.stderr
+    assert not (tmp_path / "b").exists()
+    gone = shell("train", *SMALL, "--out", tmp_path / "b", "--plan", tmp_path / "gone.json")
+    assert gone.returncode == 1
+    assert "gone.json" in gone.stderr
+    assert "generating" not in gone.stdout
+    assert not (tmp_path / "b").exists()
     grown = shell("train", "--out", tmp_path / "a", "--resume", "--steps", 8, "--plan", other)
     assert grown.returncode == 0, grown.stderr
     assert f"{other} is a plan for 2 ranks on 1 node, and the run goes on with 1" in grown.stdout

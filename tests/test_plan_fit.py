@@ -115,7 +115,9 @@ def test_other_ranks_and_too_little_memory_are_named(path: Path) -> None:
         (se.Env(world_size=8, num_nodes=2), "8 ranks on 2 nodes"),
         (se.Env(world_size=4), "4 ranks on 1 node"),
     ):
-        assert refused(path, model(), env) == [f"it is for 4 ranks on 2 nodes, there are {ranks}"]
+        assert refused(path, model(), env) == [
+            f"it is for 4 ranks on 2 nodes, this run has {ranks}"
+        ]
     most = max(plan.bytes_per_rank)
     assert refused(path, model(), replace(plan.cluster, memory_bytes=round(most / 0.86))) == [
         "rank 2 would hold 402 KiB of tables and optimizer state, and has 398 KiB for them of "

@@ -319,6 +319,27 @@ def test_the_command_says_what_it_can_do(
     assert (out / "train.txt").read_text().count("\n") == 50
 
 
+@pytest.mark.parametrize("command", ["data", "train"])
+def test_ctrl_c_ends_with_one_line_and_130(command: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    large = {
+        "data": ("data", "generate", str(out), "--rows", "100000000"),
+        "train": ("train", "--out", str(out), "--generated-rows", "100000000"),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-m", "shardemb.cli", *large[command]],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_for(out / ("train.txt.partial" if command == "data" else "data/train.txt.partial"))
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert said == "error: interrupted\n"
+    assert process.returncode == 130
+
+
 def test_the_default_batch_leaves_small_data_a_hundred_steps() -> None:
     assert [default_batch_size(n) for n in (10, 3000, 7200, 96_000, 10**9)] == [
         30,

@@ -54,7 +54,10 @@ def profile(argv: Sequence[str]) -> int:
 
     from shardemb.data.click_log_profile import profile_click_log
     from shardemb.data.profile_file import describe_profile, save_profile
+    from shardemb.files import check_writable
 
+    if asked.out:
+        check_writable(asked.out)  # counting takes long
     made = profile_click_log(
         Path(asked.data),
         num_embeddings=asked.num_embeddings,

@@ -130,7 +130,7 @@ def _changes_of_ranks(plan: ShardingPlan, where: Env | Cluster) -> list[str]:
     """Other ranks, or less memory than was planned for, of which some is to stay free."""
     cluster = cluster_of(where) if isinstance(where, Env) else where
     if (plan.world_size, plan.num_nodes) != (cluster.world_size, cluster.num_nodes):
-        return [f"it is for {describe_ranks(plan.cluster)}, there are {describe_ranks(cluster)}"]
+        return [f"it is for {describe_ranks(plan.cluster)}, this run has {describe_ranks(cluster)}"]
     fullest = max(range(plan.world_size), key=plan.bytes_per_rank.__getitem__)
     needed = plan.bytes_per_rank[fullest]
     there, planned = cluster.memory_bytes, plan.cluster.memory_bytes

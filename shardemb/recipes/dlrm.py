@@ -124,12 +124,14 @@ def train(config: Config, env: Env) -> None:
     """
     say = say_on_main(env)
 
-    # Data
+    # Model, plan, data: what can be refused is, before anything is written
     folder = RunFolder(config.out)
     split = None if config.data is None else open_click_log(Path(config.data), env=env)
     num_samples = split.train.num_lines if split else config.generated_rows
     batch_size = config.batch_size or default_batch_size(num_samples)
     workload = workload_of(batch_size, env.world_size)
+    model = build_model(config)
+    plan = build_plan(without_plan_of_others(config, env), model, env, workload)
     open_run(folder, config_to_toml(config), env, resume=config.resume)
     best_auc = None
     if split is None:
@@ -150,9 +152,7 @@ def train(config: Config, env: Env) -> None:
         f"{batch_size:,} samples ({num_steps / one_pass:.1f} passes)"
     )
 
-    # Model, plan, shards, optimizer
-    model = build_model(config)
-    plan = build_plan(without_plan_of_others(config, env), model, env, workload)
+    # Shards, optimizer
     say(f"\n{plan}\n")
     model = se.shard_modules(model, plan, env, declared_order=False)  # DLRM reads by name
     optimizer = se.build_optimizer(model, dense=lambda p: torch.optim.AdamW(p, lr=config.dense_lr))
