@@ -96,7 +96,9 @@ def test_an_impossible_layout_is_refused(where: dict[str, Any], text: str) -> No
 def test_ids_of_a_feature_that_no_table_looks_up_are_refused() -> None:
     model = se.EmbeddingBagCollection([table("a"), table("b", feature_names=("bought", "seen"))])
     workload = se.Workload(ids_per_sample={"bougt": 50})
-    text = r"names feature 'bougt', the tables look up 'a', 'bought', 'seen'; did you mean 'bought'\?"
+    text = (
+        r"names feature 'bougt', the tables look up 'a', 'bought', 'seen'; did you mean 'bought'\?"
+    )
     with pytest.raises(ValueError, match=text):
         se.plan_sharding(model, Env(), workload=workload)
 
