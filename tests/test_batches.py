@@ -470,3 +470,25 @@ def test_all_features_of_the_tables_and_no_others() -> None:
         ValueError, match="feature 'clicked' has no weights; give all features weig"
     ):
         se.keyed_jagged_tensor(FULL, TABLES, weights=some)
+
+
+@pytest.mark.parametrize(
+    ("tables", "text"),
+    [
+        ("t", "got 't'"),
+        (None, "got None"),
+        ({"t": ONE[0]}, "got dict"),
+        (ONE[0], "got the one of 't'; use [table]"),
+        (se.EmbeddingBagCollection(ONE), "got EmbeddingBagCollection"),
+        (["t"], "got one with 't'"),
+        ([ONE], "got one with [TableConfig("),
+    ],
+)
+def test_tables_are_a_list_of_tables(tables: Any, text: str) -> None:
+    with pytest.raises(
+        ValueError, match=re.escape(f"tables must be a list of TableConfigs, {text}")
+    ):
+        se.keyed_jagged_tensor({"x": [[1]]}, tables)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        se.Batcher(tables)
+    assert se.keyed_jagged_tensor({"x": [[1]]}, tuple(ONE)).values().tolist() == [1]
