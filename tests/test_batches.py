@@ -37,7 +37,7 @@ def objects(bags: list[Any]) -> np.ndarray[Any, Any]:
 
 def masked(*values: float) -> Any:
     """An array whose last value is masked."""
-    return np.ma.array(values, mask=[0] * (len(values) - 1) + [1])
+    return np.ma.masked_equal(np.array(values), values[-1])
 
 
 def nested() -> torch.Tensor:

@@ -78,8 +78,8 @@ class Batcher:
         padding: What pads a padded array.
 
     Raises:
-        ValueError: There are no tables, or something else, two tables of one feature contradict each other, or
-            `padding` is no integer.
+        ValueError: There are no tables, or something else than a list of them, two tables of one
+            feature contradict each other, or `padding` is no integer.
 
     Example:
         >>> table = TableConfig(
