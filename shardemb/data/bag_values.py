@@ -43,8 +43,9 @@ def array_of(values: Any) -> npt.NDArray[Any]:
     if isinstance(values, torch.Tensor):
         return _array_of_tensor(values)
     if np.ma.is_masked(values):  # NumPy would hand out what lies under the mask
+        num_masked = int(np.ma.getmaskarray(values).sum())
         raise UnfitError(
-            f"an array has masked values, {int(np.ma.getmaskarray(values).sum())} of {values.size}; fill an "
+            f"an array has masked values, {num_masked} of {values.size}; fill an "
             "array [B, L] with the padding, such as .filled(-1), or give a list of bags without "
             "them"
         )
