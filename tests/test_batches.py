@@ -35,6 +35,17 @@ def objects(bags: list[Any]) -> np.ndarray[Any, Any]:
     return array
 
 
+def masked(*values: float) -> Any:
+    """An array whose last value is masked."""
+    return np.ma.masked_equal(np.array(values), values[-1])
+
+
+def nested() -> torch.Tensor:
+    return torch.nested.nested_tensor(
+        [torch.tensor([1, 2]), torch.tensor([3])], layout=torch.jagged
+    )
+
+
 def with_offsets(bags: list[list[Any]], dtype: Any) -> tuple[Any, list[int]]:
     flat = np.array([value for bag in bags for value in bag], dtype=dtype)
     return flat, [sum(map(len, bags[:at])) for at in range(len(bags))]
@@ -118,6 +129,7 @@ def test_weights_need_not_repeat_the_offsets_and_may_be_in_another_form() -> Non
         np.array([1, 9], dtype=np.uint8),
         np.array([1, 9], dtype=np.uint64),
         np.array([1, 9], dtype=object),
+        np.ma.array([1, 9], mask=False),
         np.array([1, 9], dtype=">i4"),
         np.array([0, 1, 0, 9])[1::2],
         torch.tensor([1, 9], dtype=torch.int16),
@@ -284,6 +296,17 @@ def test_padding_is_what_it_is_said_to_be() -> None:
             {"item_id": torch.ones(2, device="meta")},
             "a batch is made of plain tensors on the CPU, got",
         ),
+        (
+            {"item_id": masked(1, 2)},
+            "feature 'item_id': an array has masked values, 1 of 2; fill an",
+        ),
+        ({"item_id": masked(1, 2).reshape(2, 1)}, "array [B, L] with the padding, such as .filled"),
+        ({"item_id": [[1], masked(1, 2)]}, "feature 'item_id', sample 1: an array has masked valu"),
+        ({"item_id": objects([[1], masked(1, 2)])}, "sample 1: an array has masked values, 1 of 2"),
+        ({"item_id": (masked(1, 2), [0, 1])}, "feature 'item_id': an array has masked values, 1"),
+        ({"item_id": ([1, 2], masked(0, 1))}, "feature 'item_id': an array has masked values, 1"),
+        ({"item_id": nested()}, "feature 'item_id': a nested tensor is not supported; give a list"),
+        ({"item_id": [[1], nested()]}, "feature 'item_id', sample 1: a nested tensor is not supp"),
         ({"item_id": torch.ones(2).to_sparse()}, "got one that is torch.sparse_coo; make it there"),
         (
             {"item_id": [[1]]},
@@ -311,7 +334,7 @@ def test_padding_is_what_it_is_said_to_be() -> None:
         ),
         (
             {"item_id": ([1, 2], [])},
-            "feature 'item_id': the first offset must be 0, got 2 for 2 ids",
+            "feature 'item_id': offsets are empty, and there are 2 ids; give each bag the position",
         ),
         (
             {"item_id": ([1, 2], [0.0, 1.0])},
@@ -392,6 +415,8 @@ def test_a_bad_batch_is_refused_as_the_user_made_it(changed: dict[str, Any], tex
             {"item_id": np.array([True, True])},
             "sample 0: a weight must be a finite float32, got True;",
         ),
+        ({"item_id": masked(1.0, 2.0)}, "weights of feature 'item_id': an array has masked valu"),
+        ({"item_id": [[1.0], masked(2.0)]}, "weights of feature 'item_id', sample 1: an array has"),
         (
             {"item_id": torch.ones(2, requires_grad=True)},
             "a batch passes no gradients on, got a tens",
@@ -445,3 +470,25 @@ def test_all_features_of_the_tables_and_no_others() -> None:
         ValueError, match="feature 'clicked' has no weights; give all features weig"
     ):
         se.keyed_jagged_tensor(FULL, TABLES, weights=some)
+
+
+@pytest.mark.parametrize(
+    ("tables", "text"),
+    [
+        ("t", "got 't'"),
+        (None, "got None"),
+        ({"t": ONE[0]}, "got dict"),
+        (ONE[0], "got the one of 't'; use [table]"),
+        (se.EmbeddingBagCollection(ONE), "got EmbeddingBagCollection"),
+        (["t"], "got one with 't'"),
+        ([ONE], "got one with [TableConfig("),
+    ],
+)
+def test_tables_are_a_list_of_tables(tables: Any, text: str) -> None:
+    with pytest.raises(
+        ValueError, match=re.escape(f"tables must be a list of TableConfigs, {text}")
+    ):
+        se.keyed_jagged_tensor({"x": [[1]]}, tables)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        se.Batcher(tables)
+    assert se.keyed_jagged_tensor({"x": [[1]]}, tuple(ONE)).values().tolist() == [1]

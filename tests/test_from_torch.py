@@ -147,10 +147,10 @@ def test_sharded_modules_are_known_to_all_that_refers_to_them(env: Env) -> None:
     with pytest.raises(AttributeError, match="module 'item' is sharded and has no whole weight"):
         assert model.item.weight
     with pytest.raises(
-        ValueError, match=r"feature 'user\.input', sample 1: id 9 is outside 0\.\.8"
+        ValueError, match=r"module 'user': id 9 of sample 1 is outside 0\.\.8; .* has 9 rows"
     ):
         model.user(torch.tensor([1, 9]), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=r"'item\.input', sample 1: id -1 is .* table 'item'"):
+    with pytest.raises(ValueError, match=r"module 'item': id -1 of sample 1 is outside 0\.\.6"):
         model.item(torch.tensor([[1, 2], [-1, 0]]))
     with pytest.raises(ValueError, match="in a DistributedDataParallel already; convert it before"):
         se.from_torch(nn.parallel.DistributedDataParallel(plain), SGD)

@@ -180,6 +180,8 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
         "skip names 'usr', and the modules are 'item', 'user'; did you mean 'user'",
     ),
     ({"skip": "user"}, r"skip must hold paths, got the string 'user'; use \('user',\)"),
+    ({"skip": 5}, "skip must hold paths, or be a test of them, got 5"),
+    ({"weighted": None}, "weighted must hold paths, or be a test of them, got None"),
     ({"skip": [""]}, r"holds no nn\.EmbeddingBag .* to convert, but those that skip leaves out"),
     ({"weighted": ["item"]}, "module 'item' is a mean bag, and only sum bags take per_sample_wei"),
     ({"weighted": ["user"]}, "module 'user' is no bag, and only sum bags take per_sample_weights"),
@@ -200,6 +202,9 @@ def test_an_option_that_names_nothing_is_refused(options: dict[str, Any], text: 
 
 
 def test_models_without_torch_s_embeddings_are_refused_and_torchrec_s_left_alone() -> None:
+    for thing in (None, 5, nn.Embedding):
+        with pytest.raises(ValueError, match="model must be a torch module, got "):
+            se.from_torch(thing, SGD)  # type: ignore[type-var]
     with pytest.raises(ValueError, match=r"Linear holds no nn\.EmbeddingBag or nn\.Embedding"):
         se.from_torch(nn.Linear(4, 4), SGD)
     table = se.TableConfig(name="t", num_embeddings=9, embedding_dim=4, feature_names=("t",))
@@ -217,6 +222,20 @@ NESTED = torch.nested.nested_tensor([IDS, IDS[:1]], layout=torch.jagged)
 CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("item", {"input": IDS.float(), "offsets": ENDS}, "input must be int32 or int64, got torch.fl"),
     ("user", {"input": IDS.float()}, "input must be int32 or int64, got torch.float32"),
+    ("item", {"input": [1, 2]}, r"input must be a tensor, got \[1, 2\]; make one of it"),
+    ("user", {"input": None}, "input must be a tensor, got None"),
+    ("item", {"input": IDS, "offsets": [0, 2]}, r"offsets must be a tensor, got \[0, 2\]"),
+    (
+        "last",
+        {"input": IDS.view(1, 3), "per_sample_weights": 2.0},
+        "weights must be a tensor, got 2",
+    ),
+    (
+        "item",
+        {"input": IDS * 5, "offsets": ENDS},
+        r"id 10 of sample 0 is outside 0\.\.9; .* 10 rows",
+    ),
+    ("user", {"input": -IDS}, r"id -1 of sample 0 is outside 0\.\.9; the module has 10 rows, mend"),
     ("item", {"input": NESTED}, "input is a nested tensor, which is not supported"),
     ("item", {"input": IDS}, r"input must be \[N\] with offsets \[B\], or \[B, L\] without"),
     ("item", {"input": IDS.view(1, 3), "offsets": ENDS}, r"got input \[1, 3\] and offsets \[2\]"),

@@ -1,6 +1,7 @@
 """The id guard: what it refuses of a batch that TorchRec would look up, and what it lets pass."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def batch_of(
         (torch.tensor([1]), [1, 1], "lengths add up to 2, but the batch has 1 ids"),
         (torch.tensor([1, 7]), [0, 2], "feature 'x', sample 1: id 7 is outside 0..4 of table 't'"),
         (torch.tensor([1, -1]), [1, 1], "feature 'x', sample 1: id -1 is outside 0..4 of table "),
-        (torch.tensor([7]), [1], "say by the table's out_of_range what becomes of such ids"),
+        (torch.tensor([7]), [1], "TableConfig whose out_of_range is 'drop', 'clamp', 'hash' or"),
     ],
 )
 def test_malformed_ids_and_lengths_are_refused(
@@ -116,3 +117,44 @@ def test_a_checked_batch_is_known_again_only_as_it_was() -> None:
     assert not checked.is_in(KeyedJaggedTensor(keys=["x", "y"], values=ids, lengths=other))
     ids.mul_(100)
     assert not checked.is_in(batch)
+
+
+def two_features(**carried: Any) -> KeyedJaggedTensor:
+    return KeyedJaggedTensor(
+        keys=["a", "b"],
+        values=torch.arange(4),
+        **{"lengths": torch.tensor([2, 1, 1, 0])} | carried,
+    )
+
+
+def test_offsets_and_sums_that_contradict_the_lengths_are_refused() -> None:
+    guard = IdGuard([FeatureLimit(feature=f, table=f, num_embeddings=9) for f in ("a", "b")])
+    offsets = torch.tensor([0, 2, 3, 4, 4])
+    guard.check(two_features(offsets=offsets.int(), length_per_key=[3, 1]))
+    guard.check(two_features(length_per_key=[3, 1], offset_per_key=[0, 3, 4]))
+    guard.check(two_features(lengths=None, offsets=offsets))
+    guard.check(two_features().permute([1, 0]))
+    for bad in (torch.tensor([0, 1, 3, 4, 4]), torch.tensor([1, 2, 3, 4, 4])):
+        with pytest.raises(
+            ValueError, match=r"has offsets \[., ., 3, 4, 4\], .* be \[0, 2, 3, 4, 4\]; "
+        ):
+            guard.check(two_features(offsets=bad))
+    with pytest.raises(ValueError, match=r"the batch has offsets .* make the batch of one of them"):
+        guard.check(two_features(lengths=None, offsets=torch.tensor([1, 2, 3, 4, 5])))
+    with pytest.raises(
+        ValueError, match=r"has length_per_key \[2, 2\], .* it would be \[3, 1\]; le"
+    ):
+        guard.check(two_features(length_per_key=[2, 2]))
+    with pytest.raises(
+        ValueError, match=r"has offset_per_key \[0, 2, 4\], .* be \[0, 3, 4\]; leave"
+    ):
+        guard.check(two_features(length_per_key=[3, 1], offset_per_key=[0, 2, 4]))
+
+
+def test_lengths_without_integers_are_named_before_samples_are_counted() -> None:
+    batch = batch_of(torch.tensor([1, 2]), [1, 1])
+    batch._lengths = torch.tensor([1.0, 1.0])  # TorchRec's constructor refuses it, its fields not
+    with pytest.raises(
+        ValueError, match=r"lengths must be int32 or int64 .* got torch.float32 \[2"
+    ):
+        GUARD.check_features(batch)

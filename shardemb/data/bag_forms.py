@@ -181,6 +181,11 @@ def _of_offsets(bags: Offsets) -> Given:
 
 def _lengths_between(offsets: _Ints, num_values: int, bags: Offsets) -> _Ints:
     if not bags.include_last_offset:
+        if num_values and not len(offsets):
+            raise UnfitError(
+                f"offsets are empty, and there are {num_values} ids; give each bag the position of "
+                "its first id"
+            )
         offsets = np.append(offsets, num_values)
     elif not len(offsets) or offsets[-1] != num_values:
         raise UnfitError(

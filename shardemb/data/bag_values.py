@@ -38,10 +38,17 @@ def array_of(values: Any) -> npt.NDArray[Any]:
         The array, of any shape.
 
     Raises:
-        UnfitError: It is a tensor whose values NumPy cannot have.
+        UnfitError: It is a tensor whose values NumPy cannot have, or an array with masked values.
     """
     if isinstance(values, torch.Tensor):
         return _array_of_tensor(values)
+    if np.ma.is_masked(values):  # NumPy would hand out what lies under the mask
+        num_masked = int(np.ma.getmaskarray(values).sum())
+        raise UnfitError(
+            f"an array has masked values, {num_masked} of {values.size}; fill an "
+            "array [B, L] with the padding, such as .filled(-1), or give a list of bags without "
+            "them"
+        )
     if not isinstance(values, (list, tuple, range)):
         return np.asarray(values)
     kinds = set(map(type, values))
@@ -56,6 +63,10 @@ def array_of(values: Any) -> npt.NDArray[Any]:
 
 
 def _array_of_tensor(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    if tensor.is_nested:
+        raise UnfitError(
+            "a nested tensor is not supported; give a list of bags, such as list(tensor.unbind())"
+        )
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         kind = tensor.layout if tensor.device.type == "cpu" else f"on {tensor.device}"
         raise UnfitError(

@@ -78,8 +78,8 @@ class Batcher:
         padding: What pads a padded array.
 
     Raises:
-        ValueError: There are no tables, two tables of one feature contradict each other, or
-            `padding` is no integer.
+        ValueError: There are no tables, or something else than a list of them, two tables of one
+            feature contradict each other, or `padding` is no integer.
 
     Example:
         >>> table = TableConfig(
@@ -133,6 +133,7 @@ class _Maker:
         hide_notices()  # batches are made where no process group is, too
         if isinstance(padding, bool) or not isinstance(padding, int):
             raise ValueError(f"padding must be an integer, got {padding!r}")
+        tables = checked_tables(tables)
         self.policies = policies_of(tables)
         self._padding = padding
         self._guards = {
@@ -161,6 +162,38 @@ class _Maker:
         )
         self._guards[weights is not None].check(batch)
         return batch, lookups
+
+
+def checked_tables(tables: Any) -> list[TableConfig | BaseEmbeddingConfig]:
+    """Checks that tables are tables.
+
+    Args:
+        tables: What a user gave.
+
+    Returns:
+        The tables.
+
+    Raises:
+        ValueError: They are something else.
+
+    Example:
+        >>> checked_tables("user")
+        Traceback (most recent call last):
+        ValueError: tables must be a list of TableConfigs, got 'user'
+    """
+    if isinstance(tables, (TableConfig, BaseEmbeddingConfig)):
+        raise ValueError(
+            f"tables must be a list of TableConfigs, got the one of {tables.name!r}; use [table]"
+        )
+    if not isinstance(tables, Iterable) or isinstance(tables, (str, bytes, Mapping)):
+        is_short = tables is None or isinstance(tables, (str, int, float))
+        got = f"{tables!r:.80}" if is_short else type(tables).__name__
+        raise ValueError(f"tables must be a list of TableConfigs, got {got}")
+    listed = list(tables)
+    for table in listed:
+        if not isinstance(table, (TableConfig, BaseEmbeddingConfig)):
+            raise ValueError(f"tables must be a list of TableConfigs, got one with {table!r:.80}")
+    return listed
 
 
 def limits_of(tables: Iterable[TableConfig | BaseEmbeddingConfig]) -> list[FeatureLimit]:

@@ -8,6 +8,7 @@ them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torchrec import KeyedJaggedTensor
@@ -78,8 +79,9 @@ class IdGuard:
         Raises:
             ValueError: A feature is missing, there are weights where none are used or none where
                 some are, ids, lengths or weights are of another dtype or shape, a length is
-                negative, the lengths do not add up to the number of ids, an id is out of its table,
-                or a weight is not finite.
+                negative, the lengths do not add up to the number of ids, the batch has offsets or
+                lengths by key that contradict its lengths, an id is out of its table, or a weight
+                is not finite.
         """
         self.check_features(batch)
         _check_tensors(batch)
@@ -95,15 +97,16 @@ class IdGuard:
     def check_features(self, batch: KeyedJaggedTensor) -> None:
         """Raises unless the batch has every feature, once, and weights exactly where they are used.
 
-        Looks at no ids.
+        Looks at no ids, but at what they are: TorchRec cannot even count samples without integers.
 
         Args:
             batch: The batch.
 
         Raises:
-            ValueError: A feature is missing or there twice, or there are weights where the tables
-                use none or none where they do.
+            ValueError: Ids, lengths or offsets are no integers, a feature is missing or there
+                twice, or there are weights where the tables use none or none where they do.
         """
+        _check_dtypes(batch)
         keys = list(batch.keys())
         if len(set(keys)) < len(keys):
             raise ValueError(f"the batch has a feature twice: {keys}")
@@ -146,14 +149,22 @@ class IdGuard:
                 )
 
 
-def _check_tensors(batch: KeyedJaggedTensor) -> None:
-    ids_N, lengths, weights_N = batch.values(), batch.lengths(), batch.weights_or_none()
-    for what, values in (("ids", ids_N), ("lengths", lengths)):
-        if values.dtype not in _ID_DTYPES or values.dim() != 1:
+def _check_dtypes(batch: KeyedJaggedTensor) -> None:
+    parts = {
+        "ids": batch.values(),
+        "lengths": batch.lengths_or_none(),
+        "offsets": batch.offsets_or_none(),
+    }
+    for what, values in parts.items():
+        if values is not None and (values.dtype not in _ID_DTYPES or values.dim() != 1):
             raise ValueError(
                 f"{what} must be int32 or int64 of one dimension, got {values.dtype} "
                 f"{list(values.shape)}; convert them where the batch is made"
             )
+
+
+def _check_tensors(batch: KeyedJaggedTensor) -> None:
+    ids_N, lengths, weights_N = batch.values(), batch.lengths(), batch.weights_or_none()
     strides = batch.stride_per_key()
     if lengths.numel() != sum(strides):
         raise ValueError(
@@ -166,6 +177,7 @@ def _check_tensors(batch: KeyedJaggedTensor) -> None:
         raise ValueError(
             f"lengths add up to {int(lengths.sum())}, but the batch has {ids_N.numel()} ids"
         )
+    _check_sums(batch, strides)
     if weights_N is not None and (
         weights_N.dtype != torch.float32 or weights_N.shape != ids_N.shape
     ):
@@ -173,6 +185,34 @@ def _check_tensors(batch: KeyedJaggedTensor) -> None:
             f"weights must be float32 {list(ids_N.shape)}, one for each id, got "
             f"{weights_N.dtype} {list(weights_N.shape)}; convert them where the batch is made"
         )
+
+
+def _check_sums(batch: KeyedJaggedTensor, strides: Sequence[int]) -> None:
+    # a batch that was made by hand, or of another, may carry sums of other lengths
+    lengths, offsets = batch.lengths(), batch.offsets_or_none()
+    sums = torch.cat([lengths.new_zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    if (
+        offsets is not None
+        and (offsets.numel() or lengths.numel())
+        and not offsets.equal(sums.to(offsets.dtype))
+    ):
+        raise ValueError(
+            f"the batch has offsets {offsets.tolist()!s:.80}, and lengths of which they would be "
+            f"{sums.tolist()!s:.80}; make the batch of one of them"
+        )
+    carried = (batch.length_per_key_or_none(), batch.offset_per_key_or_none())
+    if carried == (None, None):
+        return
+    offset_per_key = sums[[0, *accumulate(strides)]].tolist()
+    length_per_key = [end - start for start, end in pairwise(offset_per_key)]
+    for what, known, real in zip(
+        ("length_per_key", "offset_per_key"), carried, (length_per_key, offset_per_key), strict=True
+    ):
+        if known is not None and list(known) != real and (any(known) or any(real)):
+            raise ValueError(
+                f"the batch has {what} {known!s:.80}, and lengths of which it would be "
+                f"{real!s:.80}; leave {what} out where the batch is made"
+            )
 
 
 def _refuse_length(batch: KeyedJaggedTensor) -> None:
@@ -191,9 +231,9 @@ def _refuse(limit: FeatureLimit, ids: torch.Tensor, lengths: torch.Tensor) -> No
     at = int(torch.nonzero((ids < 0) | (ids >= limit.num_embeddings))[0])
     raise ValueError(
         f"feature {limit.feature!r}, sample {_sample_of(at, lengths)}: id {int(ids[at])} is "
-        f"outside 0..{limit.num_embeddings - 1} of table {limit.table!r}; raise num_embeddings, or "
-        "make batches with shardemb.keyed_jagged_tensor and say by the table's out_of_range what "
-        "becomes of such ids"
+        f"outside 0..{limit.num_embeddings - 1} of table {limit.table!r}; mend the id, raise "
+        "num_embeddings, or let shardemb.keyed_jagged_tensor make the batch for a TableConfig "
+        "whose out_of_range is 'drop', 'clamp', 'hash' or 'oov_row'"
     )
 
 

@@ -10,7 +10,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from shardemb.config import MAX_NUM_EMBEDDINGS, TableConfig
-from shardemb.data.batches import limits_of
+from shardemb.data.batches import checked_tables, limits_of
 from shardemb.data.id_guard import IdGuard
 from shardemb.data.profile import DataProfile, FeatureProfile
 
@@ -52,6 +52,7 @@ def profile_batches(
         >>> profile_batches([batch], [table]).features["x"].hot_rows
         {3: 2, 8: 1}
     """
+    tables = checked_tables(tables)
     guards = [IdGuard(limits_of(tables), is_weighted=weighted) for weighted in (False, True)]
     rows_of: dict[str, int] = {}
     for table in tables:

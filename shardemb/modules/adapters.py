@@ -69,23 +69,42 @@ class _Adapter(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}"
 
     def _looked_up(self, batch: KeyedJaggedTensor) -> Any:
-        """What the collection returns, without a gradient where the table is frozen.
-
-        A frozen table may so be looked up many times in one step.
-        """
+        # without a gradient a frozen table may be looked up many times in one step
         weight = _whole_weight(self.collection)
         if weight is not None:
             self.is_trained = weight.requires_grad
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
-            return self.collection(batch)
+        whole_on_cpu = weight is not None and weight.device.type == "cpu"
+        try:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
+                return self.collection(batch)
+        except (ValueError, IndexError, RuntimeError) as error:
+            if isinstance(error, ValueError) or whole_on_cpu:
+                self._check_rows(batch)  # it names what the user knows: module and ids
+            raise
+
+    def _check_rows(self, batch: KeyedJaggedTensor) -> None:
+        ids_N = batch.values()
+        outside = torch.nonzero((ids_N < 0) | (ids_N >= self.num_embeddings))
+        if len(outside):
+            at, ends = int(outside[0]), batch.lengths().cumsum(0)
+            sample = int(torch.searchsorted(ends, at, right=True))
+            self._refuse(
+                f"id {int(ids_N[at])} of sample {sample} is outside 0..{self.num_embeddings - 1}; "
+                f"the module has {self.num_embeddings} rows, mend the id or build it with more"
+            )
 
     def _check_ids(self, ids: torch.Tensor) -> None:
+        self._check_tensor("input", ids)
         if ids.dtype not in {torch.int32, torch.int64}:
             self._refuse(f"input must be int32 or int64, got {ids.dtype}; convert it")
         if ids.is_nested:
             self._refuse(
                 "input is a nested tensor, which is not supported; give values and offsets"
             )
+
+    def _check_tensor(self, name: str, value: object) -> None:
+        if not isinstance(value, torch.Tensor):
+            self._refuse(f"{name} must be a tensor, got {value!r:.80}; make one of it")
 
     def _refuse(self, reason: str) -> NoReturn:
         raise ValueError(f"module {self.path!r}: {reason}")
@@ -121,10 +140,14 @@ class AdaptedEmbeddingBag(_Adapter):
             The pooled rows, in the weight's dtype [B, embedding_dim]; zeros for an empty bag.
 
         Raises:
-            ValueError: Shapes or dtypes do not fit, an id is not in the table, or there are weights
-                that need a gradient, or that the module was not made for.
+            ValueError: Arguments are no tensors, shapes or dtypes do not fit, an id is not in the
+                table, or there are weights that need a gradient, or that the module was not made
+                for.
         """
         self._check_ids(input)
+        for name, given in (("offsets", offsets), ("per_sample_weights", per_sample_weights)):
+            if given is not None:
+                self._check_tensor(name, given)
         lengths_B = self._lengths(input, offsets)
         weights_N = self._weights(input, per_sample_weights)
         ids_N = input.reshape(-1)
@@ -205,7 +228,7 @@ class AdaptedEmbedding(_Adapter):
             The rows, in the weight's dtype [*input.shape, embedding_dim].
 
         Raises:
-            ValueError: Ids are not integers, or one is not in the table.
+            ValueError: Ids are no tensor of integers, or one is not in the table.
         """
         self._check_ids(input)
         ids_N = input.reshape(-1)

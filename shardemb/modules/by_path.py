@@ -23,7 +23,7 @@ def chosen_by(which: Which, found: Mapping[str, nn.Module], option: str) -> set[
         Their paths.
 
     Raises:
-        ValueError: A path is of none of them.
+        ValueError: A path is of none of them, or there are no paths.
 
     Example:
         >>> bags = {"emb_l.0": nn.EmbeddingBag(9, 4), "emb_l.1": nn.EmbeddingBag(9, 4)}
@@ -34,6 +34,8 @@ def chosen_by(which: Which, found: Mapping[str, nn.Module], option: str) -> set[
         raise ValueError(f"{option} must hold paths, got the string {which!r}; use ({which!r},)")
     if callable(which):
         return {path for path, module in found.items() if which(path, module)}
+    if not isinstance(which, Iterable):
+        raise ValueError(f"{option} must hold paths, or be a test of them, got {which!r:.80}")
     named = list(which)
     _check_known(named, found, option)
     return {path for path in found if any(_is_in(path, around) for around in named)}

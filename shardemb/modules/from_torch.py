@@ -56,9 +56,10 @@ def from_torch(
         The model.
 
     Raises:
-        ValueError: There is nothing to convert, a path is unknown, or a module cannot be sharded
-            with the same result: other modes, `max_norm`, `scale_grad_by_freq`, tied weights,
-            subclasses, widths that are no multiples of 4. The model is then as it was.
+        ValueError: It is no module, there is nothing to convert, a path is unknown, or a module
+            cannot be sharded with the same result: other modes, `max_norm`, `scale_grad_by_freq`,
+            tied weights, subclasses, widths that are no multiples of 4. The model is then as it
+            was.
 
     Example:
         >>> from shardemb import optim
@@ -68,6 +69,8 @@ def from_torch(
         >>> list(model.state_dict())
         ['item.collection.embeddings.item.weight']
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch module, got {model!r:.80}")
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             "the model is in a DistributedDataParallel already; convert it before, shard_modules "
