@@ -96,7 +96,9 @@ def test_an_impossible_layout_is_refused(where: dict[str, Any], text: str) -> No
 def test_ids_of_a_feature_that_no_table_looks_up_are_refused() -> None:
     model = se.EmbeddingBagCollection([table("a"), table("b", feature_names=("bought", "seen"))])
     workload = se.Workload(ids_per_sample={"bougt": 50})
-    text = r"names feature 'bougt', the tables look up 'a', 'bought', 'seen'; did you mean 'bought'\?"
+    text = (
+        r"names feature 'bougt', the tables look up 'a', 'bought', 'seen'; did you mean 'bought'\?"
+    )
     with pytest.raises(ValueError, match=text):
         se.plan_sharding(model, Env(), workload=workload)
 
@@ -112,7 +114,7 @@ def test_ids_of_a_feature_that_no_table_looks_up_are_refused() -> None:
         ({"ids_per_sample": {"a": "2"}}, "of feature 'a' must be a number from 0, got '2'"),
         ({"ids_per_sample": {"a": True}}, "of feature 'a' must be a number from 0, got True"),
         ({"ids_per_sample": {"a": -1}}, "of feature 'a' must be a number from 0, got -1"),
-        ({"profile": "clicks"}, "profile must be a DataProfile, .* got 'clicks'"),
+        ({"profile": "clicks"}, r"got 'clicks'; use shardemb\.load_profile\('clicks'\)$"),
     ],
 )
 def test_an_impossible_workload_is_refused(fields: dict[str, Any], text: str) -> None:

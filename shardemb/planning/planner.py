@@ -177,7 +177,7 @@ def _slices_of_sequences(problem: Problem, collection: Collection) -> int:
         return len(places_of(problem.named[pinned]) or ())
     on_a_node = any(
         isinstance(problem.named.get(name), TableColumnWise)
-        or TableColumnWise.torchrec_name in problem.constraints.layouts.get(name, ())
+        or TableColumnWise.torchrec_name in problem.constraints.layout_names.get(name, ())
         for name in collection.tables
     )
     layout = TableColumnWise() if on_a_node else ColumnWise()
@@ -272,7 +272,7 @@ def _check_kept(problem: Problem, chosen: Mapping[str, Choice]) -> None:
         if named is not None:
             places = places_of(named) or places_of(layout) or ()
             assert layout == placed(named, places), name
-        assert layout.torchrec_name in constraints.layouts.get(name, LAYOUTS), name
+        assert layout.torchrec_name in constraints.layout_names.get(name, LAYOUTS), name
         assert name not in constraints.replicate or isinstance(layout, DataParallel), name
         ranks = constraints.ranks.get(name)
         assert ranks is None or may_lie_on(layout, ranks, **problem.sizes), name
