@@ -278,3 +278,32 @@ def test_the_search_comes_near_the_best_of_all_ways() -> None:
     assert max(ratios) < 1.25
     assert sum(ratios) / len(ratios) < 1.05
     assert len(ratios) > 15
+
+
+def test_a_slow_named_table_makes_no_free_table_choose_a_dearer_layout() -> None:
+    draw = random.Random(1)
+    num_checked = 0
+    for _ in range(100):
+        free = [an_item(draw, number) for number in range(8)]
+        slow = replace(free[0].candidates[0], named_places=(0,), ms=100.0, num_bytes=5)
+        items = [Item(names=("slow",), candidates=(slow,)), *free]
+        free_bytes = draw.choice([80, 1000])
+        search = Search(items, world_size=3, local_world_size=3, free_bytes=free_bytes)
+        try:
+            found = search.best()
+        except DoesNotFitError:
+            continue
+        most = most_ms(found, free_bytes)
+        assert most is not None
+        for number, item in enumerate(items):
+            for other in all_places(item) if number else []:
+                if work_ms(other) < work_ms(found[number]):
+                    changed = [*found[:number], other, *found[number + 1 :]]
+                    after = most_ms(changed, free_bytes)
+                    assert after is None or after > most
+                    num_checked += 1
+    assert num_checked > 50
+
+
+def work_ms(place: Place) -> float:
+    return place.candidate.ms * len(ranks_of(place))
