@@ -143,7 +143,9 @@ def _key(kind: type, key: str, where: str) -> Any:
         if not key.isdecimal():
             raise ValueError(f"{where}: keys must be whole numbers, got {key!r}")
         if len(key) > _MOST_DIGITS:
-            raise ValueError(f"{where}: keys must be at most 2**63, got {_shown(key)}")
+            raise ValueError(
+                f"{where}: keys must have at most {_MOST_DIGITS} digits, got {_shown(key)}"
+            )
         return int(key)
     return key
 

@@ -52,8 +52,8 @@ class Workload:
             is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
             if not is_number or not 0 <= number <= _MOST_IDS:
                 raise ValueError(
-                    f"workload: ids_per_sample of feature {feature!r} must be a number from 0 to "
-                    f"{_MOST_IDS:g}, got {reprlib.repr(number)}"
+                    f"workload: ids_per_sample of feature {feature!r} must be a number from 0, "
+                    f"got {reprlib.repr(number)}; the most is {_MOST_IDS:g}"
                 )
         is_path = isinstance(self.profile, (str, PathLike))
         way = f"; use shardemb.load_profile({str(self.profile)!r})" if is_path else ""

@@ -76,7 +76,7 @@ def test_a_headroom_that_leaves_no_memory_is_refused() -> None:
     with pytest.raises(ValueError, match=text):
         plan(se.Constraints(headroom=0.999999999999))
     model = se.EmbeddingBagCollection([table("a")])
-    with pytest.raises(ValueError, match="no memory is left for tables: .*memory_bytes=1 "):
+    with pytest.raises(ValueError, match=r"no memory is left for tables: .*memory_bytes=1 "):
         se.plan_sharding(model, replace(CLUSTER, memory_bytes=1))
 
 
@@ -96,15 +96,15 @@ def test_wishes_of_another_kind_are_refused_by_name(fields: dict[str, Any], text
     with pytest.raises(ValueError, match=text):
         se.plan_sharding(model, CLUSTER, **fields)
     for where in (None, 4):
-        with pytest.raises(ValueError, match=f"where: the ranks must be the Env .*, got {where}"):
+        with pytest.raises(ValueError, match=rf"where: the ranks must be the Env .*, got {where}"):
             se.plan_sharding(model, where)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=f"where: the ranks must be the Env .*, got {where}"):
+        with pytest.raises(ValueError, match=rf"where: the ranks must be the Env .*, got {where}"):
             se.load_plan("plan.json", model, where)  # type: ignore[arg-type]
 
 
 def test_a_profile_of_another_model_is_refused() -> None:
     model = se.EmbeddingBagCollection([table("a")])
-    text = "profile of clicks.txt is of other data: it counts 'user_id'; .* tables look up 'a'"
+    text = r"profile of clicks\.txt is of other data: it counts 'user_id'; .* tables look up 'a'"
     profile = DataProfile(source="clicks.txt", features={"user_id": hot_profile()})
     with pytest.raises(ValueError, match=text):
         se.plan_sharding(model, CLUSTER, workload=se.Workload(profile=profile))

@@ -9,7 +9,7 @@ import pytest
 
 from shardemb.placement import ShardingPlan
 from shardemb.plans.file import read_plan
-from tests.plans import every_layout, many_tables
+from tests.plans import every_layout, hot_profile, many_tables
 
 
 def test_every_layout_comes_back_equal_from_its_file_and_from_its_json(tmp_path: Path) -> None:
@@ -85,6 +85,7 @@ def changed(plan: ShardingPlan, number: int, fields: dict[str, Any]) -> dict[str
 
 
 ROW, COLUMN, WHOLE, SLICES = 0, 1, 4, 6
+HOT = vars(hot_profile())
 
 
 @pytest.mark.parametrize(
@@ -160,8 +161,13 @@ def test_a_damaged_file_is_refused(text: str, message: str, tmp_path: Path) -> N
         ("cluster", {"device": ["cpu"]}, r'device must be one of cpu, cuda, got \["cpu"\]'),
         ("workload", {"batch_size": 10**400}, "workload: batch_size must be from .*, got 10000"),
         ("workload", {"batch_size": 2**31}, "workload: batch_size must be at most 2147483647"),
-        ("workload", {"ids_per_sample": {"a": 1e10}}, "of feature 'a' must be a number from 0 to"),
-        ("profile", {"features": {"user_id": {"hot_rows": {"1" * 20: 1}}}}, "hot_rows: keys"),
+        (
+            "workload",
+            {"ids_per_sample": {"a": 1e10}},
+            "of feature 'a' must be a number from 0, got 1",
+        ),
+        ("profile", {"features": {"user_id": HOT | {"num_ids": 10**400}}}, "num_ids must be from"),
+        ("profile", {"features": {"user_id": HOT | {"hot_rows": {"1" * 20: 1}}}}, "18 digits"),
         ("workload", {"batch_size": 0}, "batch_size must be a positive integer, got 0"),
         ("workload", {"ids_per_sample": {"a": "b"}}, "ids_per_sample 'a' must be a number, got"),
         ("profile", {"features": {"user_id": {}}}, "features 'user_id' lacks the key 'num_emb"),
