@@ -25,9 +25,9 @@ from shardemb.planning.estimates import estimated
 from shardemb.planning.geometry import may_lie_on, placed, places_of
 from shardemb.planning.layout_rules import layouts_allowed
 from shardemb.planning.problem import Problem
-from shardemb.planning.search import Item, Place, Search
+from shardemb.planning.reasons import chosen_by
+from shardemb.planning.search import Item, Search
 from shardemb.planning.sharders import make_sharders
-from shardemb.text import format_bytes
 
 
 class Choice(NamedTuple):
@@ -62,7 +62,7 @@ def choose_layouts(problem: Problem) -> dict[str, Choice]:
     chosen = {
         name: Choice(
             placed(layout, place.places),
-            _chosen_by(problem, item, place, position),
+            chosen_by(problem, item, place, position),
         )
         for item, place in zip(items, places, strict=True)
         for position, (name, layout) in enumerate(
@@ -234,34 +234,6 @@ def _items(problem: Problem, candidates: Mapping[str, list[Candidate]]) -> list[
                 "of slices that suits the columns of all; give them embedding_dims that split alike"
             )
     return items
-
-
-def _chosen_by(problem: Problem, item: Item, place: Place, position: int) -> str:
-    """Who chose the layout of one of an item's tables, and why, in a few words."""
-    name, candidate = item.names[position], place.candidate
-    layout = candidate.layouts[position]
-    also = " for all colocated" if len(item.names) > 1 else ""
-    if name in problem.named:
-        complete = placed(layout, place.places) == layout
-        return "named" if complete else f"named, ranks by planner{also}"
-    if name in problem.constraints.replicate:
-        return "replicated: constraint"
-    cost = candidate.costs[position]
-    text = (
-        f"planner{also}: lookup {cost.lookup_ms:.3g} ms, exchange {cost.exchange_ms:.3g} ms"
-        f"{_on(candidate)}"
-    )
-    others = [one for one in item.candidates if one.kind != candidate.kind]
-    if not others:
-        return text
-    other = min(others, key=lambda one: one.ms * one.num_ranks)
-    if other.num_bytes > problem.bytes_per_rank:
-        return f"{text}; {other.kind} would need {format_bytes(other.num_bytes)} on a rank"
-    return f"{text}; {other.kind} would be {sum(other.costs[position]):.3g} ms{_on(other)}"
-
-
-def _on(candidate: Candidate) -> str:
-    return f" on {candidate.num_ranks} ranks" if candidate.num_ranks > 1 else ""
 
 
 def _check_kept(problem: Problem, chosen: Mapping[str, Choice]) -> None:
