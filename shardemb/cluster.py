@@ -1,6 +1,6 @@
 """The machines that a plan is for: how many, with how much memory, how fast they exchange."""
 
-import math
+import reprlib
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What a rank has where nobody says: TorchRec's defaults (TorchRec 1.8, `distributed/planner/
 constants.py`), but on CPU what gloo reaches between processes, and a network of 10 Gb/s."""
+
+_MOST = {"num_nodes": 1 << 20, "ranks_per_node": 1 << 20, "memory_bytes": 1 << 63}
+_MOST_GB_PER_S = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +74,17 @@ class Cluster:
                     raise ValueError(
                         f"{who}: {field.name} must be a positive integer, got {value!r}"
                     )
+                if value > _MOST[field.name]:
+                    raise ValueError(
+                        f"{who}: {field.name} must be at most {_MOST[field.name]}, got "
+                        f"{reprlib.repr(value)}"
+                    )
             elif field.name.endswith("gb_per_s"):
                 is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                if not is_number or not math.isfinite(value) or value <= 0:
+                if not is_number or not 0 < value <= _MOST_GB_PER_S:
                     raise ValueError(
-                        f"{who}: {field.name} must be a positive number of 10^9 bytes/s, got "
-                        f"{value!r}"
+                        f"{who}: {field.name} must be a positive number of 10^9 bytes/s, at most "
+                        f"{_MOST_GB_PER_S:g}, got {reprlib.repr(value)}"
                     )
 
     @property
@@ -139,7 +147,7 @@ def check_where(where: object) -> None:
 
     if not isinstance(where, Env):
         raise ValueError(
-            "the ranks must be the Env of init_distributed, or a Cluster such as "
+            "where: the ranks must be the Env of init_distributed, or a Cluster such as "
             f"Cluster.preset('h100'), got {where!r}"
         )
 

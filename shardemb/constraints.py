@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-from shardemb.layouts import LAYOUTS
+from shardemb.layouts import LAYOUTS, Layout
 
 DEFAULT_HEADROOM = 0.15
 
@@ -14,7 +14,8 @@ class Constraints:
     """What a plan must keep to, whoever chooses the layouts.
 
     Attributes:
-        layouts: By table, TorchRec's names of the layouts that it may have.
+        layouts: By table, the layouts that it may have: TorchRec's names, or values of
+            `shardemb.layouts` without ranks or nodes. They are kept as names.
         ranks: By table, the ranks that may hold any of it.
         colocate: Groups of tables that must have one layout, on the same ranks.
         replicate: Tables that every rank must hold: `data_parallel`.
@@ -29,7 +30,7 @@ class Constraints:
         ('row_wise',)
     """
 
-    layouts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    layouts: Mapping[str, Sequence[str | Layout]] = field(default_factory=dict)
     ranks: Mapping[str, Sequence[int]] = field(default_factory=dict)
     colocate: Sequence[Sequence[str]] = ()
     replicate: Sequence[str] = ()
@@ -62,18 +63,34 @@ class Constraints:
         object.__setattr__(
             self, "replicate", _tuple(self.replicate, "replicate", may_be_empty=True)
         )
-        self._check_layouts()
+        self._check_names()
+        self._name_layouts()
         self._check_ranks()
         self._check_groups()
 
-    def _check_layouts(self) -> None:
-        for table, names in self.layouts.items():
-            for name in names:
-                if name not in LAYOUTS:
-                    raise ValueError(
-                        f"constraints: table {table!r} may have layout {name!r}, which is none; "
-                        f"there are {', '.join(LAYOUTS)}"
-                    )
+    def _check_names(self) -> None:
+        for name, tables in (
+            ("layouts", self.layouts),
+            ("ranks", self.ranks),
+            ("colocate", [table for group in self.colocate for table in group]),
+            ("replicate", self.replicate),
+        ):
+            for table in tables:
+                if not isinstance(table, str):
+                    raise ValueError(f"constraints: {name} must name tables, got {table!r}")
+
+    def _name_layouts(self) -> None:
+        """Puts names for layouts."""
+        names = {
+            table: tuple(_layout_name(table, given) for given in layouts)
+            for table, layouts in self.layouts.items()
+        }
+        object.__setattr__(self, "layouts", names)
+
+    @property
+    def layout_names(self) -> Mapping[str, Sequence[str]]:
+        """By table, TorchRec's names of the layouts that it may have."""
+        return cast("Mapping[str, Sequence[str]]", self.layouts)
 
     def _check_ranks(self) -> None:
         for table, ranks in self.ranks.items():
@@ -98,9 +115,31 @@ class Constraints:
             )
 
 
+def _layout_name(table: str, given: object) -> str:
+    """TorchRec's name of a layout that a table may have.
+
+    Raises:
+        ValueError: It is no layout, or says on which ranks.
+    """
+    if isinstance(given, Layout):
+        if given != type(given)():
+            raise ValueError(
+                f"constraints: table {table!r} may have layout {given}, and constraints take "
+                f"{given.torchrec_name} as such; name it in layouts instead"
+            )
+        return given.torchrec_name
+    if not isinstance(given, str) or given not in LAYOUTS:
+        raise ValueError(
+            f"constraints: table {table!r} may have layout {given!r}, which is none; there are "
+            f"{', '.join(LAYOUTS)}"
+        )
+    return given
+
+
 def _tuple(values: Any, what: str, *, may_be_empty: bool = False) -> tuple[Any, ...]:
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise ValueError(f"constraints: {what} must be a list, got {values!r}; use [{values!r}]")
+    way = "" if values is None else f"; use [{values!r}]"
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+        raise ValueError(f"constraints: {what} must be a list, got {values!r}{way}")
     given = tuple(values)
     if not given and not may_be_empty:
         raise ValueError(f"constraints: {what} must not be empty; leave it out instead")

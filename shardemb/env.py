@@ -42,6 +42,14 @@ class Env:
     _of_this_run: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("rank", "local_rank", "world_size", "num_nodes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+        if not isinstance(self.device, torch.device):
+            raise ValueError(
+                f"device must be a torch.device, such as torch.device('cpu'), got {self.device!r}"
+            )
         if self.world_size < 1 or self.num_nodes < 1 or self.world_size % self.num_nodes:
             raise ValueError(
                 "world_size must be a positive multiple of num_nodes, got "

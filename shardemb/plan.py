@@ -52,7 +52,8 @@ def plan_sharding(
     Raises:
         ValueError: `where` is neither, the model has no collection or one that is not supported, a
             table or feature name is unknown or not unique, a layout does not fit its table or the
-            ranks, the profile does not fit a table, or constraints contradict each other.
+            ranks, the profile is of other data, constraints contradict each other or leave no
+            memory, or an argument is of another kind.
         RunError: The tables do not fit in the ranks' memory, ranks of this run come to different
             plans, or another rank failed.
 
@@ -67,7 +68,11 @@ def plan_sharding(
         [250, 250, 250, 250]
     """
     check_where(where)
-    wishes = (layouts or {}, workload or Workload(), constraints or Constraints())
+    wishes = (
+        {} if layouts is None else layouts,
+        Workload() if workload is None else workload,
+        Constraints() if constraints is None else constraints,
+    )
     if isinstance(where, Cluster):
         return _plan(model, where, *wishes)
     if not where.is_live:

@@ -8,6 +8,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+_MOST = 2**63
+"""The largest number that arithmetic on arrays and devices has."""
+_MOST_DIGITS = 18
 
 
 def parse_json(text: str) -> Any:
@@ -20,7 +23,7 @@ def parse_json(text: str) -> Any:
         Its value.
 
     Raises:
-        ValueError: It is not JSON, or a key is there twice.
+        ValueError: It is not JSON, is nested too deep, or a key is there twice.
 
     Example:
         >>> parse_json('{"a": [1, 2]}')
@@ -35,7 +38,10 @@ def parse_json(text: str) -> Any:
             raise ValueError(f"key {twice!r} is there twice")
         return found
 
-    return json.loads(text, object_pairs_hook=once)
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("its lists and objects are nested too deep") from None
 
 
 def make_typed(cls: type[T], values: Any, where: str, **given: Any) -> T:
@@ -107,7 +113,7 @@ def typed_value(kind: Any, value: Any, where: str) -> Any:
         (kind,) = (one for one in inner if one is not NoneType)
         return typed_value(kind, value, where)
     if outer is Literal:
-        if value not in inner:
+        if type(value) not in map(type, inner) or value not in inner:
             raise ValueError(f"{where} must be one of {_list(inner)}, got {_shown(value)}")
         return value
     if outer is tuple and isinstance(value, list):
@@ -120,6 +126,8 @@ def typed_value(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind) and isinstance(kind, type):
         return make_typed(kind, value, where)
     if type(value) is kind or (kind is float and type(value) is int):
+        if kind in {int, float} and not abs(value) <= _MOST:
+            raise ValueError(f"{where} must be from -2**63 to 2**63, got {_shown(value)}")
         return value
     word = _WORDS.get(kind, "a list" if outer is tuple else "an object")
     raise ValueError(f"{where} must be {word}, got {_shown(value)}")
@@ -134,6 +142,10 @@ def _key(kind: type, key: str, where: str) -> Any:
     if kind is int:
         if not key.isdecimal():
             raise ValueError(f"{where}: keys must be whole numbers, got {key!r}")
+        if len(key) > _MOST_DIGITS:
+            raise ValueError(
+                f"{where}: keys must have at most {_MOST_DIGITS} digits, got {_shown(key)}"
+            )
         return int(key)
     return key
 
@@ -143,5 +155,8 @@ def _list(names: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = "lists in lists"
     return text if len(text) <= 60 else f"{text[:57]}..."

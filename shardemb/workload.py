@@ -1,10 +1,15 @@
 """What a step looks up: how many samples, and how many ids of each feature in a sample."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from types import NoneType
 
 from shardemb.data.profile import DataProfile, FeatureProfile
+
+_MOST_SAMPLES = 2**31 - 1
+_MOST_IDS = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,10 @@ class Workload:
         size = self.batch_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"workload: batch_size must be a positive integer, got {size!r}")
+        if size > _MOST_SAMPLES:
+            raise ValueError(
+                f"workload: batch_size must be at most {_MOST_SAMPLES}, got {reprlib.repr(size)}"
+            )
         if not isinstance(self.ids_per_sample, Mapping):
             raise ValueError(
                 "workload: ids_per_sample must be numbers by feature, such as "
@@ -41,15 +50,17 @@ class Workload:
             )
         for feature, number in self.ids_per_sample.items():
             is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-            if not is_number or not 0 <= number < float("inf"):
+            if not is_number or not 0 <= number <= _MOST_IDS:
                 raise ValueError(
                     f"workload: ids_per_sample of feature {feature!r} must be a number from 0, "
-                    f"got {number!r}"
+                    f"got {reprlib.repr(number)}; the most is {_MOST_IDS:g}"
                 )
+        is_path = isinstance(self.profile, (str, PathLike))
+        way = f"; use shardemb.load_profile({str(self.profile)!r})" if is_path else ""
         if not isinstance(self.profile, (DataProfile, NoneType)):
             raise ValueError(
                 "workload: profile must be a DataProfile, such as load_profile returns, got "
-                f"{self.profile!r}"
+                f"{self.profile!r}{way}"
             )
 
     def ids_of(self, feature: str) -> float:

@@ -58,6 +58,12 @@ def test_all_ranks_have_one_plan_or_one_error(env: Env) -> None:
     with pytest.raises(ValueError if env.rank == 2 else OtherRankError, match="name table 'z'"):
         se.plan_sharding(collection("a"), env, wrong)
 
+    for wish in (5, 0, "a", ["a"], {1: layouts.row_wise()}):
+        given: Any = wish if env.rank == 1 else {}
+        of_kind = ValueError if env.rank == 1 else OtherRankError
+        with pytest.raises(of_kind, match="layouts must be given by table name"):
+            se.plan_sharding(collection("a"), env, given)
+
     mine = collection("a", "extra") if env.rank == 2 else collection("a")
     with pytest.raises(
         RunError, match="rank 2 planned otherwise than rank 0, in table 'extra'; de"

@@ -9,8 +9,10 @@ import pytest
 import shardemb as se
 from shardemb import layouts, optim
 from shardemb.cluster import Cluster
+from shardemb.data.profile import DataProfile
 from shardemb.errors import RunError
 from shardemb.layouts import Layout
+from tests.plans import hot_profile
 
 CLUSTER = Cluster(
     name="two nodes of two",
@@ -59,6 +61,56 @@ def test_a_table_has_one_of_the_layouts_that_it_may_have(name: str) -> None:
     made = plan(se.Constraints(layouts={"a": [name], "c": ["row_wise", name]}))
     assert layout_names(made)["a"] == name
     assert layout_names(made)["c"] in {"row_wise", name}
+
+
+def test_layouts_may_be_given_as_values() -> None:
+    values = se.Constraints(layouts={"a": [layouts.row_wise(), "grid_shard"]})
+    assert values == se.Constraints(layouts={"a": ["row_wise", "grid_shard"]})
+    assert values != se.Constraints(layouts={"a": ["row_wise"]})
+    one = se.Constraints(layouts={"a": [layouts.grid_shard()]})
+    assert layout_names(plan(one))["a"] == "grid_shard"
+
+
+def test_a_headroom_that_leaves_no_memory_is_refused() -> None:
+    text = r"no memory is left for tables: .*memory_bytes=1073741824 .* headroom=0\.999999999999 of"
+    with pytest.raises(ValueError, match=text):
+        plan(se.Constraints(headroom=0.999999999999))
+    model = se.EmbeddingBagCollection([table("a")])
+    with pytest.raises(ValueError, match=r"no memory is left for tables: .*memory_bytes=1 "):
+        se.plan_sharding(model, replace(CLUSTER, memory_bytes=1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"layouts": 5}, "layouts must be given by table name, .*, got 5"),
+        ({"layouts": ["a"]}, r"layouts must be given by table name, .*, got \['a'\]"),
+        ({"layouts": 0}, "layouts must be given by table name, .*, got 0"),
+        ({"layouts": {1: layouts.row_wise()}}, r"layouts must be given by table name, .*, got \{1"),
+        ({"constraints": {"a": 1}}, r"constraints must be Constraints, .*, got \{'a': 1\}"),
+        ({"workload": 64}, "workload must be a Workload, .*, got 64"),
+    ],
+)
+def test_wishes_of_another_kind_are_refused_by_name(fields: dict[str, Any], text: str) -> None:
+    model = se.EmbeddingBagCollection([table("a")])
+    with pytest.raises(ValueError, match=text):
+        se.plan_sharding(model, CLUSTER, **fields)
+    for where in (None, 4):
+        with pytest.raises(ValueError, match=rf"where: the ranks must be the Env .*, got {where}"):
+            se.plan_sharding(model, where)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=rf"where: the ranks must be the Env .*, got {where}"):
+            se.load_plan("plan.json", model, where)  # type: ignore[arg-type]
+
+
+def test_a_profile_of_another_model_is_refused() -> None:
+    model = se.EmbeddingBagCollection([table("a")])
+    text = r"profile of clicks\.txt is of other data: it counts 'user_id'; .* tables look up 'a'"
+    profile = DataProfile(source="clicks.txt", features={"user_id": hot_profile()})
+    with pytest.raises(ValueError, match=text):
+        se.plan_sharding(model, CLUSTER, workload=se.Workload(profile=profile))
+    both = replace(profile, features={**profile.features, "a": hot_profile(10_000)})
+    made = se.plan_sharding(model, CLUSTER, workload=se.Workload(profile=both))
+    assert made.workload.profile == both
 
 
 def test_tables_lie_on_the_ranks_that_they_may_lie_on() -> None:
@@ -139,6 +191,22 @@ def test_headroom_stays_free() -> None:
         ({"ranks": [0]}, r"ranks must be lists by table, such as {'user': \[0, 1\]}, got \[0\]"),
         ({"colocate": "ab"}, r"colocate must be a list, got 'ab'"),
         ({"colocate": 5}, r"colocate must be a list, got 5"),
+        ({"colocate": [5]}, r"a group of colocate must be a list, got 5; use \[5\]"),
+        ({"colocate": [["a", ["b"]]]}, r"colocate must name tables, got \['b'\]"),
+        ({"colocate": None}, "colocate must be a list, got None$"),
+        ({"layouts": {"a": None}}, "layouts of table 'a' must be a list, got None$"),
+        ({"layouts": {"a": [["row_wise"]]}}, r"table 'a' may have layout \['row_wise'\], which is"),
+        ({"layouts": {"a": [None]}}, "table 'a' may have layout None, which is none; there are"),
+        ({"layouts": {5: ["row_wise"]}}, "layouts must name tables, got 5"),
+        (
+            {"layouts": {"a": [layouts.table_wise(rank=1)]}},
+            r"layout table_wise\(rank=1\), and constraints .*; name it in layouts instead",
+        ),
+        (
+            {"layouts": {"a": [layouts.column_wise(accumulator_per_slice=True)]}},
+            r"layout column_wise\(accumulator_per_slice=True\), and .*; name it in layouts instead",
+        ),
+        ({"replicate": [None]}, "replicate must name tables, got None"),
         ({"ranks": {"a": [-1]}}, "ranks of table 'a' must be numbers from 0, got -1"),
         ({"ranks": {"a": 1}}, r"ranks of table 'a' must be a list, got 1; use \[1\]"),
         ({"colocate": [["a"]]}, r"colocate needs groups of two tables or more, got \('a',\)"),

@@ -39,6 +39,21 @@ def test_devices_that_are_not_there_are_refused() -> None:
             init_distributed(device="cuda")
 
 
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"world_size": "2"}, "world_size must be a whole number, got '2'"),
+        ({"world_size": 2.0}, r"world_size must be a whole number, got 2\.0"),
+        ({"num_nodes": None}, "num_nodes must be a whole number, got None"),
+        ({"rank": True}, "rank must be a whole number, got True"),
+        ({"device": "cpu"}, r"device must be a torch\.device, such as .*, got 'cpu'"),
+    ],
+)
+def test_an_env_of_other_kinds_is_refused(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Env(**fields)
+
+
 @spmd(world_size=2)
 def test_a_group_that_is_there_is_kept_and_must_be_the_launcher_s(env: Env) -> None:
     assert init_distributed(device="cpu") == env

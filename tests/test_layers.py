@@ -97,6 +97,7 @@ LAYERS = (
         "planning.sharders",
         "planning.search",
         "planning.planner",
+        "planning.reasons",
         "planning.fits",
         "planning.probe",
         "plan",

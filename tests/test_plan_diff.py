@@ -84,3 +84,26 @@ def test_of_many_ranks_those_that_change_most_are_shown() -> None:
     text = diff_plans(plan, many_tables(3, num_nodes=4))
     assert "and 16 ranks that change less" in text
     assert sum(bool(re.match(r" *\d+ ", line)) for line in text.splitlines()) == 16
+
+
+def test_reasons_are_told_only_where_nothing_else_differs() -> None:
+    before = every_layout()
+    first, *others = before.tables
+    because = replace(before, tables=(replace(first, chosen_by="planner: 1.00 ms"), *others))
+    text = diff_plans(before, because)
+    assert re.search(r"user +chosen_by +named -> +planner: 1\.00 ms", text)
+    both = replace(because, workload=replace(before.workload, batch_size=64))
+    text = diff_plans(before, both)
+    assert "batch_size" in text
+    assert "chosen_by" not in text
+
+
+def test_ranks_whose_printed_totals_are_equal_are_not_listed() -> None:
+    wide = {"user": {"num_embeddings": 10_000_000}}
+    where = LAYOUTS | {"city": layouts.table_wise(rank=3)}
+    before = se.plan_sharding(model(**wide), ENV, where)
+    other = se.plan_sharding(model(user={"num_embeddings": 10_000_004}), ENV, where)
+    assert before.bytes_per_rank[0] != other.bytes_per_rank[0]
+    text = diff_plans(before, other)
+    assert "num_embeddings" in text
+    assert "\nrank " not in text

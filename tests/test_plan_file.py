@@ -9,7 +9,7 @@ import pytest
 
 from shardemb.placement import ShardingPlan
 from shardemb.plans.file import read_plan
-from tests.plans import every_layout, many_tables
+from tests.plans import every_layout, hot_profile, many_tables
 
 
 def test_every_layout_comes_back_equal_from_its_file_and_from_its_json(tmp_path: Path) -> None:
@@ -85,12 +85,22 @@ def changed(plan: ShardingPlan, number: int, fields: dict[str, Any]) -> dict[str
 
 
 ROW, COLUMN, WHOLE, SLICES = 0, 1, 4, 6
+HOT = vars(hot_profile())
 
 
 @pytest.mark.parametrize(
     ("table", "fields", "text"),
     [
         (ROW, {"layout": "row_wide"}, "table 'user': layout must be one of table_wise, row_wise"),
+        (ROW, {"layout": ["row_wise"]}, r"'user': layout must be one of .*, got \['row_wise'\]"),
+        (ROW, {"layout": {}}, r"table 'user': layout must be one of .*, got \{\}"),
+        (
+            ROW,
+            {"num_embeddings": 10**400},
+            r"num_embeddings must be from -2\*\*63 to 2\*\*63, got 1",
+        ),
+        (ROW, {"num_embeddings": 2**60}, "'user': num_embeddings must be at most .*, got 1152921"),
+        (ROW, {"embedding_dim": 2**40}, "'user': embedding_dim must be at most 2147483647, got"),
         (ROW, {"rank": 3}, "table 'user' has an unknown key 'rank'; known are table, module"),
         (ROW, {"num_embeddings": None}, "table 'user' lacks the key 'num_embeddings'"),
         (ROW, {"num_embeddings": "9"}, 'num_embeddings must be a whole number, got "9"'),
@@ -126,6 +136,7 @@ def test_a_damaged_table_is_refused_by_name(
         ('{"shardemb_plan": 1, "tab', r"is not a plan, or is damaged: Unterminated string"),
         ('{"a": 1, "a": 2}', r"is not a plan, or is damaged: key 'a' is there twice"),
         ("\xff", "is not a plan, or is damaged: 'utf-8' codec can't decode"),
+        ("[" * 100_000, "is not a plan, or is damaged: its lists and objects are nested too deep"),
         ("[1]", "is not a plan: it lacks the key 'shardemb_plan'; ShardingPlan.save and"),
         ('{"shardemb_plan": 2}', "is a plan of format 2, this version of shardemb reads 1; plan"),
         ('{"shardemb_plan": 1}', r"plan\.json: it lacks the key "),
@@ -144,6 +155,19 @@ def test_a_damaged_file_is_refused(text: str, message: str, tmp_path: Path) -> N
         ("cluster", {"num_nodes": "2"}, 'cluster: num_nodes must be a whole number, got "2"'),
         ("cluster", {"speed": 2}, "cluster has an unknown key 'speed'; known are name, num_nodes"),
         ("cluster", {"device": "tpu"}, 'cluster: device must be one of cpu, cuda, got "tpu"'),
+        ("cluster", {"memory_bytes": 10**400}, "cluster: memory_bytes must be from .*, got 10000"),
+        ("cluster", {"memory_gb_per_s": 10**400}, "memory_gb_per_s must be from .*, got 10000"),
+        ("cluster", {"memory_gb_per_s": float("nan")}, "memory_gb_per_s must be .*, got NaN"),
+        ("cluster", {"device": ["cpu"]}, r'device must be one of cpu, cuda, got \["cpu"\]'),
+        ("workload", {"batch_size": 10**400}, "workload: batch_size must be from .*, got 10000"),
+        ("workload", {"batch_size": 2**31}, "workload: batch_size must be at most 2147483647"),
+        (
+            "workload",
+            {"ids_per_sample": {"a": 1e10}},
+            "of feature 'a' must be a number from 0, got 1",
+        ),
+        ("profile", {"features": {"user_id": HOT | {"num_ids": 10**400}}}, "num_ids must be from"),
+        ("profile", {"features": {"user_id": HOT | {"hot_rows": {"1" * 20: 1}}}}, "18 digits"),
         ("workload", {"batch_size": 0}, "batch_size must be a positive integer, got 0"),
         ("workload", {"ids_per_sample": {"a": "b"}}, "ids_per_sample 'a' must be a number, got"),
         ("profile", {"features": {"user_id": {}}}, "features 'user_id' lacks the key 'num_emb"),

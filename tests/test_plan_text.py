@@ -68,7 +68,10 @@ def test_what_all_tables_share_is_said_once() -> None:
     plan = se.plan_sharding(model, ENV, {"a": layouts.row_wise(), "b": layouts.row_wise()})
     text = str(plan)
     assert "plan for 4 ranks on 2 nodes of 'a run elsewhere' (cpu, 128 GiB a rank)" in text
-    assert "512 samples a rank and step" in text
+    assert "512 samples a rank and step, 1 id a sample of each feature\n" in text
+    assert "; memory is weights and optimizer state; activations, sent and" in text
+    assert "planner: " not in text
+    assert "1 id a sample" not in str(every_layout())
     assert "2 tables, float32, optimizer Adagrad;" in text
     assert not {"dtype", "trained by"} & set(cells(text, "a"))
 
@@ -125,3 +128,15 @@ def test_few_ranks_are_all_shown(world_size: int) -> None:
     text = str(se.plan_sharding(model, se.Env(world_size=world_size), where))
     ranks = [int(rank) for rank in re.findall(r"^ *(\d+)  ", text, re.MULTILINE)]
     assert ranks == list(range(world_size))
+
+
+def test_the_planner_s_reasons_are_explained_under_the_tables() -> None:
+    model = se.EmbeddingBagCollection([table("a"), table("b")])
+    plan = se.plan_sharding(model, ENV)
+    lines = str(plan).splitlines()
+    assert plan.tables[0].chosen_by.startswith("planner: ")
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("planner: estimated ms of a st")]
+    assert lines[at - 1].startswith("b ")
+    assert lines[at + 1] == ""
+    assert max(map(len, lines)) <= 150
+    assert "planner: estimated ms of a step" in plan.to_html()

@@ -62,7 +62,7 @@ def kinds_of(
         Names; those that the table itself cannot have are left out.
     """
     sizes = {"world_size": world_size, "local_world_size": local_world_size}
-    allowed = constraints.layouts.get(table.name, tuple(LAYOUTS))
+    allowed = constraints.layout_names.get(table.name, tuple(LAYOUTS))
     if table.name in constraints.replicate:
         allowed = tuple({DataParallel.torchrec_name}.intersection(allowed))
     names = [
@@ -97,7 +97,7 @@ def _why_none(
 ) -> str | None:
     """What contradicts what, of one table."""
     name = table.name
-    allowed = constraints.layouts.get(name)
+    allowed = constraints.layout_names.get(name)
     if name in constraints.replicate:
         reason = why_not(table, DataParallel(), **sizes)
         if reason:

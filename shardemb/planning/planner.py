@@ -25,9 +25,9 @@ from shardemb.planning.estimates import estimated
 from shardemb.planning.geometry import may_lie_on, placed, places_of
 from shardemb.planning.layout_rules import layouts_allowed
 from shardemb.planning.problem import Problem
-from shardemb.planning.search import Item, Place, Search
+from shardemb.planning.reasons import chosen_by
+from shardemb.planning.search import Item, Search
 from shardemb.planning.sharders import make_sharders
-from shardemb.text import format_bytes
 
 
 class Choice(NamedTuple):
@@ -62,7 +62,7 @@ def choose_layouts(problem: Problem) -> dict[str, Choice]:
     chosen = {
         name: Choice(
             placed(layout, place.places),
-            _chosen_by(problem, item, place, position),
+            chosen_by(problem, item, place, position),
         )
         for item, place in zip(items, places, strict=True)
         for position, (name, layout) in enumerate(
@@ -177,7 +177,7 @@ def _slices_of_sequences(problem: Problem, collection: Collection) -> int:
         return len(places_of(problem.named[pinned]) or ())
     on_a_node = any(
         isinstance(problem.named.get(name), TableColumnWise)
-        or TableColumnWise.torchrec_name in problem.constraints.layouts.get(name, ())
+        or TableColumnWise.torchrec_name in problem.constraints.layout_names.get(name, ())
         for name in collection.tables
     )
     layout = TableColumnWise() if on_a_node else ColumnWise()
@@ -236,34 +236,6 @@ def _items(problem: Problem, candidates: Mapping[str, list[Candidate]]) -> list[
     return items
 
 
-def _chosen_by(problem: Problem, item: Item, place: Place, position: int) -> str:
-    """Who chose the layout of one of an item's tables, and why, in a few words."""
-    name, candidate = item.names[position], place.candidate
-    layout = candidate.layouts[position]
-    also = " for all colocated" if len(item.names) > 1 else ""
-    if name in problem.named:
-        complete = placed(layout, place.places) == layout
-        return "named" if complete else f"named, ranks by planner{also}"
-    if name in problem.constraints.replicate:
-        return "replicated: constraint"
-    cost = candidate.costs[position]
-    text = (
-        f"planner{also}: lookup {cost.lookup_ms:.3g} ms, exchange {cost.exchange_ms:.3g} ms"
-        f"{_on(candidate)}"
-    )
-    others = [one for one in item.candidates if one.kind != candidate.kind]
-    if not others:
-        return text
-    other = min(others, key=lambda one: one.ms * one.num_ranks)
-    if other.num_bytes > problem.bytes_per_rank:
-        return f"{text}; {other.kind} would need {format_bytes(other.num_bytes)} on a rank"
-    return f"{text}; {other.kind} would be {sum(other.costs[position]):.3g} ms{_on(other)}"
-
-
-def _on(candidate: Candidate) -> str:
-    return f" on {candidate.num_ranks} ranks" if candidate.num_ranks > 1 else ""
-
-
 def _check_kept(problem: Problem, chosen: Mapping[str, Choice]) -> None:
     """Fails where a bug made a plan that keeps neither to names nor to constraints."""
     constraints = problem.constraints
@@ -272,7 +244,7 @@ def _check_kept(problem: Problem, chosen: Mapping[str, Choice]) -> None:
         if named is not None:
             places = places_of(named) or places_of(layout) or ()
             assert layout == placed(named, places), name
-        assert layout.torchrec_name in constraints.layouts.get(name, LAYOUTS), name
+        assert layout.torchrec_name in constraints.layout_names.get(name, LAYOUTS), name
         assert name not in constraints.replicate or isinstance(layout, DataParallel), name
         ranks = constraints.ranks.get(name)
         assert ranks is None or may_lie_on(layout, ranks, **problem.sizes), name

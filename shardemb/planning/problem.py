@@ -61,12 +61,53 @@ def check_problem(problem: Problem) -> None:
         problem: What is to be planned.
 
     Raises:
-        ValueError: A table or feature is unknown, a layout does not fit its table or the ranks, the
-            profile does not fit a table, or constraints contradict layouts or each other.
+        ValueError: A wish is of another kind, a table or feature is unknown, a layout does not fit
+            its table or the ranks, the profile does not fit the tables, constraints leave no memory
+            for them, or contradict layouts or each other.
     """
+    _check_kinds(problem)
+    _check_memory(problem)
     _check_named(problem)
     _check_workload(problem)
     check_constraints(problem.constraints, problem.tables, problem.named, **problem.sizes)
+
+
+def _check_kinds(problem: Problem) -> None:
+    """Refuses wishes of another kind, before anything is asked of them.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if not isinstance(problem.named, Mapping) or not all(isinstance(n, str) for n in problem.named):
+        raise ValueError(
+            "layouts must be given by table name, such as {'user': row_wise()}, got "
+            f"{problem.named!r}"
+        )
+    if not isinstance(problem.workload, Workload):
+        raise ValueError(
+            f"workload must be a Workload, such as Workload(batch_size=512), got "
+            f"{problem.workload!r}"
+        )
+    if not isinstance(problem.constraints, Constraints):
+        raise ValueError(
+            "constraints must be Constraints, such as Constraints(headroom=0.2), got "
+            f"{problem.constraints!r}"
+        )
+
+
+def _check_memory(problem: Problem) -> None:
+    """Refuses a headroom that is all of the memory.
+
+    Raises:
+        ValueError: It is.
+    """
+    if problem.bytes_per_rank < 1:
+        raise ValueError(
+            f"no memory is left for tables: the cluster has "
+            f"memory_bytes={problem.cluster.memory_bytes} on a rank, and the constraints keep "
+            f"headroom={problem.constraints.headroom!r} of it free; use more memory or less "
+            "headroom"
+        )
 
 
 def _check_named(problem: Problem) -> None:
@@ -75,11 +116,6 @@ def _check_named(problem: Problem) -> None:
     Raises:
         ValueError: There is one.
     """
-    if not isinstance(problem.named, Mapping):
-        raise ValueError(
-            "layouts must be given by table name, such as {'user': row_wise()}, got "
-            f"{problem.named!r}"
-        )
     tables = problem.tables
     for name, layout in problem.named.items():
         if name not in tables:
@@ -110,6 +146,13 @@ def _check_workload(problem: Problem) -> None:
                 f"workload: ids_per_sample names feature {feature!r}, the tables look up "
                 f"{some_names(features, feature)}"
             )
+    profile = problem.workload.profile
+    if profile is not None and not set(profile.features) & set(features):
+        raise ValueError(
+            f"workload: the profile of {profile.source} is of other data: it counts "
+            f"{some_names(profile.features, '')}, and the tables look up "
+            f"{some_names(features, '')}; name the features alike, or profile this model's data"
+        )
     for table in tables:
         for feature in table.config.feature_names:
             problem.workload.profile_of(

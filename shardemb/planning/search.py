@@ -17,6 +17,7 @@ from shardemb.planning.candidates import Candidate
 _NUM_LIMITS = 12
 _NUM_STARTS = 8
 _MOST_TRIALS = 5_000
+_MOST_PASSES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,8 @@ class Search:
         """The places with the least load of the busiest rank that this search finds.
 
         Tries, for each of some limits, the candidates of the least work that load no rank by more
-        than the limit; then moves what lies on the busiest rank as long as that helps.
+        than the limit; then moves what lies on the busiest rank as long as that helps; then lets
+        every item take less work where no rank comes above the busiest.
 
         Returns:
             A place for each item.
@@ -180,7 +182,7 @@ class Search:
             if (places := self._try(limit, by_bytes=by_bytes)) is not None
         ]
         starts = sorted(tried, key=self._value)[:_NUM_STARTS] or [self.fit()]
-        return min(map(self._improved, starts), key=self._value)
+        return self._relieved(min(map(self._improved, starts), key=self._value))
 
     def fit(self) -> list[Place]:
         """Places that fit, whatever the load: each item on the ranks with the most room.
@@ -303,6 +305,33 @@ class Search:
                     least, best = after, (i, new)
             ranks.put(old, old.candidate.ms)
         return best, trials
+
+    def _relieved(self, places: list[Place]) -> list[Place]:
+        """Gives items candidates of less work, those of most work first, while any has one."""
+        places = list(places)
+        ranks = self._loaded(places)
+        most = float(ranks.load_W.max())
+        for _ in range(_MOST_PASSES):
+            by_work = sorted(range(len(places)), key=lambda i: -_work(places[i].candidate))
+            changed = [i for i in by_work if self._relieve(i, places, ranks, most)]
+            if not changed:
+                break
+        return places
+
+    def _relieve(self, i: int, places: list[Place], ranks: _Ranks, most: float) -> bool:
+        """Gives an item the least work with which none of its ranks comes above the most."""
+        old = places[i]
+        less = [one for one in self._items[i].candidates if _work(one) < _work(old.candidate)]
+        if not less:
+            return False
+        ranks.put(old, old.candidate.ms, -1)
+        for candidate in sorted(less, key=_work):
+            new = ranks.find(candidate, self._allowed[i])
+            if new is not None and ranks.load_W[ranks.ranks(new)].max() + candidate.ms <= most:
+                places[i] = new
+                break
+        ranks.put(places[i], places[i].candidate.ms)
+        return places[i] is not old
 
     def _moves(self, i: int, ranks: _Ranks, busiest: int) -> Iterator[tuple[float, Place]]:
         """Where an item could go, with the most load of those ranks and of the busiest then."""

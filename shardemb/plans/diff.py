@@ -12,6 +12,8 @@ from shardemb.text import format_bytes, format_table
 
 _MOST_RANKS = 16
 _ARROW = "->"
+_REASON = "chosen_by"
+"""What follows from the rest, and is told only where nothing else differs."""
 
 
 def diff_plans(before: ShardingPlan, after: ShardingPlan) -> str:
@@ -46,6 +48,7 @@ def diff_plans(before: ShardingPlan, after: ShardingPlan) -> str:
     if before == after:
         return ""
     rows = [*_frame(before, after), *_tables(before, after)]
+    rows = [row for row in rows if row[1] != _REASON] or rows
     what = format_table(("table", "what", "before", "after"), rows)
     costs = costs_of(before), costs_of(after)
     parts = [what, _balance(*costs)]
@@ -128,10 +131,20 @@ def _in_short(table: TablePlacement, plan: ShardingPlan) -> str:
 
 
 def _ranks(before: PlanCosts, after: PlanCosts) -> str:
-    """Totals of the ranks whose totals differ; of many, those that change most."""
+    """Totals of the ranks whose totals differ as printed; of many, those that change most."""
     loads = {name: (old, after.loads[name]) for name, old in before.loads.items()}
     change_W = np.sum([abs(new - old) / max(1.0, old.max()) for old, new in loads.values()], 0)
-    differing = np.flatnonzero(change_W)
+    differing = np.array(
+        [
+            rank
+            for rank in np.flatnonzero(change_W).tolist()
+            if any(
+                say_load(name, old[rank]) != say_load(name, new[rank])
+                for name, (old, new) in loads.items()
+            )
+        ],
+        dtype=np.int64,
+    )
     most = differing[np.argsort(-change_W[differing], kind="stable")][:_MOST_RANKS]
     rows = [
         (str(rank), *(_change(name, old[rank], new[rank]) for name, (old, new) in loads.items()))

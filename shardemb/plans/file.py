@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shardemb.cluster import Cluster
-from shardemb.config import BYTES_OF
+from shardemb.config import BYTES_OF, MAX_NUM_EMBEDDINGS
 from shardemb.data.profile import DataProfile
 from shardemb.files import write_whole
 from shardemb.layouts import LAYOUTS, Layout
@@ -26,6 +26,8 @@ _SHARD_FIELDS = tuple(field.name for field in fields(Shard))
 _TABLE_FIELDS = tuple(
     field.name for field in fields(TablePlacement) if field.name not in {"layout", "shards"}
 )
+
+_MOST = {"num_embeddings": MAX_NUM_EMBEDDINGS, "embedding_dim": 2**31 - 1}
 
 
 class _Line(dict[str, Any]):
@@ -194,7 +196,7 @@ def _table_of(values: Any, cluster: Cluster) -> TablePlacement:
         raise ValueError("tables must be objects with the key 'table', a string")
     who = f"table {values['table']!r}"
     name = values.get("layout")
-    if name not in LAYOUTS:
+    if not isinstance(name, str) or name not in LAYOUTS:
         raise ValueError(f"{who}: layout must be one of {', '.join(LAYOUTS)}, got {name!r}")
     own = {field.name for field in fields(LAYOUTS[name])}
     where = {key: value for key, value in values.items() if key in own}
@@ -225,6 +227,11 @@ def _check_place(table: TablePlacement, layout: Layout) -> None:
         if getattr(table, name) < 1:
             raise ValueError(
                 f"table {table.table!r}: {name} must be at least 1, got {getattr(table, name)}"
+            )
+        if getattr(table, name) > _MOST[name]:
+            raise ValueError(
+                f"table {table.table!r}: {name} must be at most {_MOST[name]}, got "
+                f"{getattr(table, name)}"
             )
     for name, value in vars(layout).items():
         if value is None:

@@ -21,7 +21,7 @@ from shardemb.plans.cells import (
 )
 from shardemb.plans.costs import Floats, PlanCosts, costs_of, imbalance
 from shardemb.plans.svg_bars import Bars, axis_svg, bars_svg, chart_width
-from shardemb.plans.text import describe_plan, memory_warning
+from shardemb.plans.text import describe_plan, explain_choices, memory_warning
 from shardemb.text import format_bytes
 
 _COLOURS = (
@@ -102,6 +102,7 @@ def plan_to_html(plan: ShardingPlan) -> str:
         *_skews(plan, costs),
         "<h2>Tables</h2>",
         _table(table_cells(plan, costs, range(len(plan.tables))), groups.of_T),
+        *(f"<p>{escape(line)}</p>" for line in [explain_choices(plan)] if line),
         "<details><summary>Ranks</summary>",
         _table(rank_cells(costs, range(plan.world_size))),
         "</details>",

@@ -40,7 +40,7 @@ def plan_to_text(plan: ShardingPlan) -> str:
     costs = costs_of(plan)
     parts = [
         describe_plan(plan),
-        _tables_in_short(plan, costs),
+        "\n".join(filter(None, (_tables_in_short(plan, costs), explain_choices(plan)))),
         _ranks_in_short(plan, costs),
         str(balance_cells(costs)),
         memory_warning(plan, costs),
@@ -59,12 +59,13 @@ def describe_plan(plan: ShardingPlan) -> str:
     Returns:
         A line or two.
     """
-    profile = plan.workload.profile
+    profile, ids_per_sample = plan.workload.profile, plan.workload.ids_per_sample
+    assumed = "" if ids_per_sample else ", 1 id a sample of each feature"
     lines = [
         f"plan for {describe_ranks(plan.cluster)} of {plan.cluster.name!r} "
         f"({plan.cluster.device}, {format_bytes(plan.cluster.memory_bytes)} a rank); "
         f"{plan.workload.batch_size:,} samples a rank and step"
-        + (f", ids as in {profile.source}" if profile else "")
+        + (f", ids as in {profile.source}" if profile else assumed)
     ]
     shared = [
         kinds.pop()
@@ -75,8 +76,26 @@ def describe_plan(plan: ShardingPlan) -> str:
         if len(kinds) == 1
     ]
     count = f"{len(plan.tables):,} table{'s' * (len(plan.tables) != 1)}"
-    lines.append(", ".join([count, *shared]) + "; activations, sent and lookups are of one step")
+    lines.append(", ".join([count, *shared]) + "; memory is weights and optimizer state")
+    lines[-1] += "; activations, sent and lookups are of one step"
     return "\n".join(lines)
+
+
+def explain_choices(plan: ShardingPlan) -> str:
+    """What the reasons of the planner mean.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        A line; empty if the planner gave no reasons.
+    """
+    if not any(table.chosen_by.startswith("planner") for table in plan.tables):
+        return ""
+    return (
+        "planner: estimated ms of a step on each rank that holds the table (of them lookup); then "
+        "what the next best layout would take"
+    )
 
 
 def memory_warning(plan: ShardingPlan, costs: PlanCosts) -> str:
