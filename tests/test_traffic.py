@@ -172,5 +172,6 @@ def test_a_profile_of_more_rows_than_the_table_has_is_refused_when_planning_and_
         se.plan_sharding(model, Env(), workload=workload)
     with pytest.raises(ValueError, match=text):
         traffic_of(replace(se.plan_sharding(model, Env()), workload=workload))
-    more = {"other": profile.features["user"]}  # of no table here
+    fitting = profile_of(np.array([3, 39]), 40)
+    more = {"user": fitting, "other": profile.features["user"]}  # of no table here
     se.plan_sharding(model, Env(), workload=Workload(profile=replace(profile, features=more)))

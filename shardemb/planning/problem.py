@@ -1,6 +1,6 @@
 """What is to be planned: tables, ranks, batches and wishes, and whether the wishes make sense."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from shardemb.cluster import Cluster
@@ -150,11 +150,16 @@ def _check_workload(problem: Problem) -> None:
     if profile is not None and not set(profile.features) & set(features):
         raise ValueError(
             f"workload: the profile of {profile.source} is of other data: it counts "
-            f"{some_names(profile.features, '')}, and the tables look up "
-            f"{some_names(features, '')}; name the features alike, or profile this model's data"
+            f"{_few(profile.features)}, and the tables look up {_few(features)}; name the features "
+            "alike, or profile this model's data"
         )
     for table in tables:
         for feature in table.config.feature_names:
             problem.workload.profile_of(
                 feature, table=table.name, num_embeddings=table.config.num_embeddings
             )
+
+
+def _few(names: Iterable[str]) -> str:
+    first, *rest = list(names) or ["nothing"]
+    return f"{first!r}" + (f" and {len(rest)} more" if rest else "")
