@@ -8,7 +8,7 @@ from shardemb.data.click_log import CriteoLoader, open_click_log
 from shardemb.data.clicks import CATEGORY_NAMES
 from shardemb.data.profile import DataProfile
 from shardemb.data.profile_counter import ProfileCounter
-from shardemb.env import Env
+from shardemb.env import Env, hide_notices
 
 _BATCH_SIZE = 32_768
 
@@ -40,6 +40,7 @@ def profile_click_log(
     for name, value in (("num_embeddings", num_embeddings), ("max_samples", max_samples)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    hide_notices()
     lines = open_click_log(path, env=Env()).train
     if max_samples is not None:
         lines = replace(lines, num_lines=min(max_samples, lines.num_lines))
