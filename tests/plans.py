@@ -14,6 +14,15 @@ from shardemb.plans.shards import shards_of
 from shardemb.workload import Workload
 
 ENV = se.Env(world_size=4, num_nodes=2)
+TWO_NODES = Cluster(
+    name="two nodes of two",
+    num_nodes=2,
+    ranks_per_node=2,
+    memory_bytes=1 << 30,
+    memory_gb_per_s=50,
+    intra_node_gb_per_s=5,
+    inter_node_gb_per_s=1,
+)
 LAYOUTS: dict[str, Layout] = {
     "user": layouts.row_wise(),
     "item": layouts.column_wise(ranks=[2, 0]),
@@ -33,6 +42,17 @@ def table(name: str, **changed: Any) -> se.TableConfig:
         "embedding_dim": 16,
         "feature_names": (f"{name}_id",),
         "optimizer": optim.Adagrad(lr=0.1),
+    }
+    return se.TableConfig(**fields | changed)
+
+
+def sgd_table(name: str, num_embeddings: int = 10_000, **changed: Any) -> se.TableConfig:
+    fields: dict[str, Any] = {
+        "name": name,
+        "num_embeddings": num_embeddings,
+        "embedding_dim": 64,
+        "feature_names": (name,),
+        "optimizer": optim.SGD(lr=0.1),
     }
     return se.TableConfig(**fields | changed)
 

@@ -8,33 +8,12 @@ import pytest
 
 import shardemb as se
 from shardemb import layouts, optim
-from shardemb.cluster import Cluster
 from shardemb.data.profile import DataProfile
 from shardemb.errors import RunError
 from shardemb.layouts import Layout
-from tests.plans import hot_profile
+from tests.plans import TWO_NODES, hot_profile, sgd_table
 
-CLUSTER = Cluster(
-    name="two nodes of two",
-    num_nodes=2,
-    ranks_per_node=2,
-    memory_bytes=1 << 30,
-    memory_gb_per_s=50,
-    intra_node_gb_per_s=5,
-    inter_node_gb_per_s=1,
-)
 WHOLE = {name: ["table_wise"] for name in "abcdef"}
-
-
-def table(name: str, num_embeddings: int = 10_000, **changed: Any) -> se.TableConfig:
-    fields: dict[str, Any] = {
-        "name": name,
-        "num_embeddings": num_embeddings,
-        "embedding_dim": 64,
-        "feature_names": (name,),
-        "optimizer": optim.SGD(lr=0.1),
-    }
-    return se.TableConfig(**fields | changed)
 
 
 def plan(
@@ -43,9 +22,9 @@ def plan(
     *,
     num_embeddings: int = 10_000,
 ) -> se.ShardingPlan:
-    tables = [table(name, num_embeddings) for name in "abcdef"]
+    tables = [sgd_table(name, num_embeddings) for name in "abcdef"]
     model = se.EmbeddingBagCollection(tables)
-    return se.plan_sharding(model, CLUSTER, named, constraints=constraints)
+    return se.plan_sharding(model, TWO_NODES, named, constraints=constraints)
 
 
 def ranks(made: se.ShardingPlan) -> dict[str, list[int]]:
@@ -75,9 +54,9 @@ def test_a_headroom_that_leaves_no_memory_is_refused() -> None:
     text = r"no memory is left for tables: .*memory_bytes=1073741824 .* headroom=0\.999999999999 of"
     with pytest.raises(ValueError, match=text):
         plan(se.Constraints(headroom=0.999999999999))
-    model = se.EmbeddingBagCollection([table("a")])
+    model = se.EmbeddingBagCollection([sgd_table("a")])
     with pytest.raises(ValueError, match=r"no memory is left for tables: .*memory_bytes=1 "):
-        se.plan_sharding(model, replace(CLUSTER, memory_bytes=1))
+        se.plan_sharding(model, replace(TWO_NODES, memory_bytes=1))
 
 
 @pytest.mark.parametrize(
@@ -92,9 +71,9 @@ def test_a_headroom_that_leaves_no_memory_is_refused() -> None:
     ],
 )
 def test_wishes_of_another_kind_are_refused_by_name(fields: dict[str, Any], text: str) -> None:
-    model = se.EmbeddingBagCollection([table("a")])
+    model = se.EmbeddingBagCollection([sgd_table("a")])
     with pytest.raises(ValueError, match=text):
-        se.plan_sharding(model, CLUSTER, **fields)
+        se.plan_sharding(model, TWO_NODES, **fields)
     for where in (None, 4):
         with pytest.raises(ValueError, match=rf"where: the ranks must be the Env .*, got {where}"):
             se.plan_sharding(model, where)  # type: ignore[arg-type]
@@ -103,15 +82,15 @@ def test_wishes_of_another_kind_are_refused_by_name(fields: dict[str, Any], text
 
 
 def test_a_profile_of_another_model_is_refused() -> None:
-    model = se.EmbeddingBagCollection([table("a")])
+    model = se.EmbeddingBagCollection([sgd_table("a")])
     text = (
         r"profile of clicks\.txt is of other data: it counts 'user_id', and the tables look up 'a'"
     )
     profile = DataProfile(source="clicks.txt", features={"user_id": hot_profile()})
     with pytest.raises(ValueError, match=text):
-        se.plan_sharding(model, CLUSTER, workload=se.Workload(profile=profile))
+        se.plan_sharding(model, TWO_NODES, workload=se.Workload(profile=profile))
     both = replace(profile, features={**profile.features, "a": hot_profile(10_000)})
-    made = se.plan_sharding(model, CLUSTER, workload=se.Workload(profile=both))
+    made = se.plan_sharding(model, TWO_NODES, workload=se.Workload(profile=both))
     assert made.workload.profile == both
 
 
@@ -145,18 +124,18 @@ def test_colocated_tables_stay_within_the_ranks_of_all_of_them() -> None:
 
 
 def test_colocated_tables_take_no_layout_that_the_ranks_of_all_of_them_do_not_hold() -> None:
-    nodes_of_four = replace(CLUSTER, ranks_per_node=4)
+    nodes_of_four = replace(TWO_NODES, ranks_per_node=4)
     may = ["table_row_wise", "column_wise"]
     together = se.Constraints(
         colocate=[["a", "b"]],
         ranks={"a": [0, 1, 2, 3, 4], "b": [1, 4, 5, 6, 7]},  # a node each, and none together
         layouts={"a": may, "b": may},
     )
-    model = se.EmbeddingBagCollection([table(name, 3_000_000) for name in "ab"])  # 732 MiB each
+    model = se.EmbeddingBagCollection([sgd_table(name, 3_000_000) for name in "ab"])  # 732 MiB each
     made = se.plan_sharding(model, nodes_of_four, constraints=together)
     assert layout_names(made) == {"a": "column_wise", "b": "column_wise"}
     assert ranks(made) == {"a": [1, 4], "b": [1, 4]}
-    large = se.EmbeddingBagCollection([table(name, 4_000_000) for name in "ab"])
+    large = se.EmbeddingBagCollection([sgd_table(name, 4_000_000) for name in "ab"])
     with pytest.raises(RunError, match="tables 'a', 'b' as column_wise need 977 MiB on rank 4, an"):
         se.plan_sharding(large, nodes_of_four, constraints=together)
 
@@ -173,7 +152,7 @@ def test_replicated_tables_are_on_every_rank() -> None:
 def test_headroom_stays_free() -> None:
     rows = 1_100_000  # 269 MiB: three of them are 79 % of a rank's memory
     roomy = plan(se.Constraints(layouts=WHOLE, headroom=0.2), num_embeddings=rows)
-    assert max(roomy.bytes_per_rank) <= 0.8 * CLUSTER.memory_bytes
+    assert max(roomy.bytes_per_rank) <= 0.8 * TWO_NODES.memory_bytes
     on_two = {name: [0, 1] for name in "abcdef"}
     packed = se.Constraints(layouts=WHOLE, ranks=on_two, headroom=0.2)
     assert plan(packed, num_embeddings=rows).bytes_per_rank[:2] == [3 * rows * 64 * 4] * 2
@@ -310,12 +289,12 @@ def test_contradictions_are_refused_by_name(
     fields: dict[str, Any], named: dict[str, Layout], text: str
 ) -> None:
     tables = [
-        table("a"),
-        table("b"),
-        table("fp16", dtype="float16"),
-        table("adagrad", optimizer=optim.RowWiseAdagrad(lr=0.1)),
-        table("narrow", embedding_dim=8),
+        sgd_table("a"),
+        sgd_table("b"),
+        sgd_table("fp16", dtype="float16"),
+        sgd_table("adagrad", optimizer=optim.RowWiseAdagrad(lr=0.1)),
+        sgd_table("narrow", embedding_dim=8),
     ]
     model = se.EmbeddingBagCollection(tables)
     with pytest.raises(ValueError, match=text):
-        se.plan_sharding(model, CLUSTER, named, constraints=se.Constraints(**fields))
+        se.plan_sharding(model, TWO_NODES, named, constraints=se.Constraints(**fields))

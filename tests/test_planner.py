@@ -15,29 +15,10 @@ from shardemb import layouts, optim
 from shardemb.layouts import Layout
 from shardemb.planning.candidates import Candidate, Cost
 from shardemb.planning.search import DoesNotFitError, Item, Place, Search
+from tests.plans import TWO_NODES, sgd_table
 
 SGD, ROW_WISE_ADAGRAD = optim.SGD(lr=0.1), optim.RowWiseAdagrad(lr=0.1)
 H100_16 = se.Cluster.preset("h100", num_nodes=2)
-SMALL = se.Cluster(
-    name="two nodes of two",
-    num_nodes=2,
-    ranks_per_node=2,
-    memory_bytes=1 << 30,
-    memory_gb_per_s=50,
-    intra_node_gb_per_s=5,
-    inter_node_gb_per_s=1,
-)
-
-
-def table(name: str, num_embeddings: int = 10_000, **changed: Any) -> se.TableConfig:
-    fields: dict[str, Any] = {
-        "name": name,
-        "num_embeddings": num_embeddings,
-        "embedding_dim": 64,
-        "feature_names": (name,),
-        "optimizer": SGD,
-    }
-    return se.TableConfig(**fields | changed)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +37,12 @@ def table(name: str, num_embeddings: int = 10_000, **changed: Any) -> se.TableCo
 def test_a_named_layout_is_kept_exactly_with_and_without_ranks(
     layout: Layout, ranks: list[int]
 ) -> None:
-    model = se.EmbeddingBagCollection([table("a"), table("b"), table("c")])
-    plan = se.plan_sharding(model, SMALL, {"b": layout})
+    model = se.EmbeddingBagCollection([sgd_table("a"), sgd_table("b"), sgd_table("c")])
+    plan = se.plan_sharding(model, TWO_NODES, {"b": layout})
     named = plan.tables[1]
     assert (named.layout, named.chosen_by) == (layout.torchrec_name, "named")
     assert [shard.rank for shard in named.shards] == ranks
-    anywhere = se.plan_sharding(model, SMALL, {"b": type(layout)()}).tables[1]
+    anywhere = se.plan_sharding(model, TWO_NODES, {"b": type(layout)()}).tables[1]
     assert anywhere.layout == layout.torchrec_name
     assert len(anywhere.shards) >= len(ranks) or layout.splits_columns
     complete = isinstance(layout, (layouts.RowWise, layouts.DataParallel))
@@ -83,7 +64,7 @@ def test_row_wise_adagrad_keeps_rows_whole_unless_it_is_named_otherwise() -> Non
 
 
 def test_sequences_take_their_layouts_and_one_width_of_slices() -> None:
-    tables = [table(f"s{i}", 10**i, embedding_dim=256) for i in range(2, 7)]
+    tables = [sgd_table(f"s{i}", 10**i, embedding_dim=256) for i in range(2, 7)]
     workload = se.Workload(ids_per_sample={f"s{i}": 200.0 for i in range(2, 7)})
     model = se.EmbeddingCollection(tables)
     free = se.plan_sharding(model, H100_16, workload=workload)
@@ -109,7 +90,7 @@ def test_sequences_take_their_layouts_and_one_width_of_slices() -> None:
 
 
 def test_sequences_that_cannot_split_alike_are_refused_and_others_lie_whole() -> None:
-    model = se.EmbeddingCollection([table("a"), table("b")])
+    model = se.EmbeddingCollection([sgd_table("a"), sgd_table("b")])
     named: dict[str, Layout] = {"a": layouts.column_wise(ranks=[0, 1, 2, 3])}
     where = {"b": [0, 1]}
     only = se.Constraints(ranks=where, layouts={"b": ["column_wise"]})
@@ -118,25 +99,25 @@ def test_sequences_that_cannot_split_alike_are_refused_and_others_lie_whole() ->
         r"\(0, 1, 2, 3\)\), 4 slices, and 'b' may be column_wise on 2 ranks only; allow 'b' more"
     )
     with pytest.raises(ValueError, match=text):
-        se.plan_sharding(model, SMALL, named, constraints=only)
+        se.plan_sharding(model, TWO_NODES, named, constraints=only)
     on_a_node = named | {"b": layouts.table_column_wise()}
     with pytest.raises(ValueError, match="'b' may be table_column_wise on 2 ranks only"):
-        se.plan_sharding(model, SMALL, on_a_node)
-    plan = se.plan_sharding(model, SMALL, named, constraints=se.Constraints(ranks=where))
+        se.plan_sharding(model, TWO_NODES, on_a_node)
+    plan = se.plan_sharding(model, TWO_NODES, named, constraints=se.Constraints(ranks=where))
     assert plan.tables[1].layout == "table_wise"
     assert plan.tables[1].shards[0].rank in {0, 1}
 
 
 def test_a_plan_says_what_it_costs_and_what_another_layout_would() -> None:
-    model = se.EmbeddingBagCollection([table("a", 1_000_000), table("b", 3_000_000)])
-    plan = se.plan_sharding(model, SMALL)
+    model = se.EmbeddingBagCollection([sgd_table("a", 1_000_000), sgd_table("b", 3_000_000)])
+    plan = se.plan_sharding(model, TWO_NODES)
     reason = r"planner: 0\.\d\d ms( x \d ranks)? \(0\.\d+ lookup\); \w+ \d\.\d+( x \d ranks)?"
     for placed in plan.tables:
         assert re.fullmatch(reason, placed.chosen_by)
-    big = se.EmbeddingBagCollection([table("c", 5_000_000, optimizer=ROW_WISE_ADAGRAD)])
-    (placed,) = se.plan_sharding(big, SMALL).tables
+    big = se.EmbeddingBagCollection([sgd_table("c", 5_000_000, optimizer=ROW_WISE_ADAGRAD)])
+    (placed,) = se.plan_sharding(big, TWO_NODES).tables
     assert placed.layout in {"row_wise", "table_row_wise"}
-    alone = replace(SMALL, num_nodes=1)
+    alone = replace(TWO_NODES, num_nodes=1)
     (placed,) = se.plan_sharding(big, alone).tables
     assert placed.layout == "row_wise"
     assert placed.chosen_by.endswith("; table_wise needs 1.21 GiB")
@@ -161,11 +142,11 @@ def test_reasons_are_short_and_say_where_constraints_limited_the_choice() -> Non
 
 def test_a_table_that_is_looked_up_most_has_a_rank_for_itself() -> None:
     names = "abcdefgh"
-    model = se.EmbeddingBagCollection([table(name) for name in names])
+    model = se.EmbeddingBagCollection([sgd_table(name) for name in names])
     whole = se.Constraints(layouts={name: ["table_wise"] for name in names})
 
     def beside(workload: se.Workload, name: str) -> int:
-        plan = se.plan_sharding(model, SMALL, workload=workload, constraints=whole)
+        plan = se.plan_sharding(model, TWO_NODES, workload=workload, constraints=whole)
         rank_of = {found.table: found.shards[0].rank for found in plan.tables}
         return list(rank_of.values()).count(rank_of[name]) - 1
 
@@ -189,11 +170,11 @@ def test_the_busiest_rank_is_no_busier_than_by_torchrec_s_planner(
 
 
 def test_tight_memory_is_filled() -> None:
-    tables = [table(f"t{i}", 500_000) for i in range(24)]  # 122 MiB each, 2.86 GiB together
+    tables = [sgd_table(f"t{i}", 500_000) for i in range(24)]  # 122 MiB each, 2.86 GiB together
     model = se.EmbeddingBagCollection(tables)
-    tight = replace(SMALL, memory_bytes=int(1.02 * 6 * tables[0].weight_bytes / 0.85))
+    tight = replace(TWO_NODES, memory_bytes=int(1.02 * 6 * tables[0].weight_bytes / 0.85))
     busy = se.Workload(ids_per_sample={"t0": 20.0})  # its rank is given fewer of the others
-    loose = se.plan_sharding(model, SMALL, workload=busy)
+    loose = se.plan_sharding(model, TWO_NODES, workload=busy)
     assert max(loose.bytes_per_rank) > 0.85 * tight.memory_bytes
     plan = se.plan_sharding(model, tight, workload=busy)
     assert max(plan.bytes_per_rank) <= 0.85 * tight.memory_bytes
