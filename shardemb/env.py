@@ -1,6 +1,7 @@
 """Who am I: rank, device and process group. The only reader of `os.environ` but the doctor."""
 
 import atexit
+import functools
 import logging
 import os
 import sys
@@ -163,6 +164,7 @@ def _device(asked: str | None, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+@functools.cache  # a change of the filters makes Python forget which warnings it has shown
 def hide_notices() -> None:
     """Hides what torch and TorchRec say of their own affairs, which a user can do nothing about."""
     for category in (FutureWarning, DeprecationWarning):

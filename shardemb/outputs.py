@@ -3,7 +3,7 @@
 In the declared order; with exact means; without gradients for frozen tables.
 """
 
-# B batch of this rank, D width of a feature, N rows of a shard's output
+# B batch of this rank
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -20,7 +20,8 @@ from shardemb.planning.layout_rules import check_slices
 from shardemb.planning.planner import Choice, choose_layouts
 from shardemb.planning.problem import Problem, check_problem
 from shardemb.planning.search import DoesNotFitError
-from shardemb.plans.shards import shards_of
+from shardemb.plans.fit import declared_of
+from shardemb.plans.shards import shards_like
 from shardemb.workload import Workload
 
 
@@ -124,28 +125,14 @@ def _plan(
 
 
 def _placement(found: Collection, table: Table, choice: Choice, cluster: Cluster) -> TablePlacement:
-    optimizer = table.optimizer.__name__ if table.trainable else "none"
-    return TablePlacement(
+    placement = TablePlacement(
         table=table.name,
-        module=found.path,
-        feature_names=tuple(table.config.feature_names),
-        num_embeddings=table.config.num_embeddings,
-        embedding_dim=table.config.embedding_dim,
-        dtype=table.dtype,
-        pooling=table.pooling,
-        is_weighted=table.is_weighted,
-        trainable=table.trainable,
         layout=choice.layout.torchrec_name,
         chosen_by=choice.chosen_by,
-        optimizer=optimizer,
-        shards=shards_of(
-            choice.layout,
-            (table.config.num_embeddings, table.config.embedding_dim),
-            ranks=(cluster.world_size, cluster.ranks_per_node),
-            dtype=table.dtype,
-            optimizer=optimizer,
-        ),
+        shards=(),
+        **declared_of(found, table),
     )
+    return replace(placement, shards=shards_like(placement, choice.layout, cluster))
 
 
 def _agreed_cluster(env: Env) -> Cluster:

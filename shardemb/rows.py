@@ -96,15 +96,13 @@ def set_rows(weight: torch.Tensor | ShardedTensor, origin: Origin, env: Env) -> 
         _take_from_main(origin.held, blocks, env)
         return
     assert origin.drawn is not None
-    embedding_dim = (weight.metadata().size if isinstance(weight, ShardedTensor) else weight.shape)[
-        1
-    ]
+    shape = weight.metadata().size if isinstance(weight, ShardedTensor) else weight.shape
     for block, first_row, first_column in blocks:
         origin.drawn.fill(
             block,
             first_row=first_row,
             first_column=first_column,
-            embedding_dim=embedding_dim,
+            embedding_dim=shape[1],
         )
 
 

@@ -1,5 +1,6 @@
 """Finds the collections of a model, and refuses by name what could not be sharded correctly."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -98,9 +99,11 @@ class Collection:
     @property
     def outputs(self) -> list[tuple[str, str, Table]]:
         """The name of each output, its feature and its table, as declared."""
-        features = [name for table in self.tables.values() for name in table.config.feature_names]
+        num_tables = Counter(
+            name for table in self.tables.values() for name in table.config.feature_names
+        )
         return [
-            (f"{name}@{table.name}" if features.count(name) > 1 else name, name, table)
+            (f"{name}@{table.name}" if num_tables[name] > 1 else name, name, table)
             for table in self.tables.values()
             for name in table.config.feature_names
         ]
@@ -189,8 +192,8 @@ def _check_outputs(collection: Collection) -> None:
     Raises:
         ValueError: There are two.
     """
-    names = [name for name, _, _ in collection.outputs]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    num_outputs = Counter(name for name, _, _ in collection.outputs)
+    twice = sorted(name for name, number in num_outputs.items() if number > 1)
     if twice:
         raise ValueError(
             f"collection {collection.path!r} has two outputs {twice[0]!r}: of a feature of that "

@@ -15,7 +15,7 @@ from shardemb.layouts import (
 from shardemb.modules.discovery import Table
 from shardemb.optim import RowWiseAdagrad
 from shardemb.placement import ShardingPlan
-from shardemb.planning.geometry import a_rank_stays_empty, num_row_blocks
+from shardemb.planning.geometry import a_rank_stays_empty, num_row_blocks, places_of
 
 
 def why_not(table: Table, layout: Layout, *, world_size: int, local_world_size: int) -> str | None:
@@ -39,28 +39,19 @@ def why_not(table: Table, layout: Layout, *, world_size: int, local_world_size: 
 
 
 def _why_not_there(layout: Layout, world_size: int, local_world_size: int) -> str | None:
-    num_nodes = world_size // local_world_size
+    places = places_of(layout) or ()
     if isinstance(layout, (TableRowWise, GridShard)):
-        if isinstance(layout, GridShard):
-            nodes = layout.nodes or ()
-        else:
-            nodes = () if layout.node is None else (layout.node,)
-        if any(node >= num_nodes for node in nodes):
+        num_nodes = world_size // local_world_size
+        if any(node >= num_nodes for node in places):
             return (
                 f"{layout} is planned for {num_nodes} node{'s' * (num_nodes > 1)}; use nodes in "
                 f"0..{num_nodes - 1}"
             )
         return None
-    if isinstance(layout, (RowWise, DataParallel)):
-        return None
-    if isinstance(layout, TableWise):
-        ranks: tuple[int, ...] = () if layout.rank is None else (layout.rank,)
-    else:
-        ranks = layout.ranks or ()
-    if any(rank >= world_size for rank in ranks):
+    if any(rank >= world_size for rank in places):
         return f"{layout} is planned for {world_size} ranks; use ranks in 0..{world_size - 1}"
     if isinstance(layout, TableColumnWise):
-        of_nodes = sorted({rank // local_world_size for rank in ranks})
+        of_nodes = sorted({rank // local_world_size for rank in places})
         if len(of_nodes) > 1:
             return (
                 f"{layout} names ranks of nodes {of_nodes}, of {local_world_size} ranks each; "
@@ -99,7 +90,7 @@ def _why_not_rows(
 def _why_not_columns(table: Table, layout: Layout) -> str | None:
     if not isinstance(layout, (ColumnWise, TableColumnWise, GridShard)):
         return None
-    slices = layout.nodes if isinstance(layout, GridShard) else layout.ranks
+    slices = places_of(layout)
     width = table.config.embedding_dim
     if slices is not None and width % (WIDTH_STEP * len(slices)):
         return (

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from shardemb.cluster import Cluster
 from shardemb.constraints import Constraints
 from shardemb.layouts import Layout
-from shardemb.modules.discovery import Collection, Table
+from shardemb.modules.discovery import Collection, Table, tables_of
 from shardemb.planning.contradictions import check_constraints
 from shardemb.planning.layout_rules import why_not
 from shardemb.text import some_names
@@ -34,11 +34,7 @@ class Problem:
     @property
     def tables(self) -> dict[str, Table]:
         """All tables by name."""
-        return {
-            name: table
-            for found in self.collections.values()
-            for name, table in found.tables.items()
-        }
+        return tables_of(self.collections)
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -107,7 +107,7 @@ def _changes_since(
     }
     changes = [
         *_changes_of_ranks(plan, where),
-        *_changes_of_names(plan, {name: _declared(*each) for name, each in found.items()}),
+        *_changes_of_names(plan, {name: declared_of(*each) for name, each in found.items()}),
         *(
             change
             for placed in plan.tables
@@ -164,7 +164,7 @@ def _changes_of_names(plan: ShardingPlan, declared: dict[str, dict[str, Any]]) -
 def _changes_of_table(
     placed: TablePlacement, collection: Collection, table: Table, cluster: Cluster
 ) -> list[str]:
-    declared, planned = _declared(collection, table), _planned(placed)
+    declared, planned = declared_of(collection, table), _planned(placed)
     changes = [
         f"table {placed.table!r}: {name} is {declared[name]!r}, the plan was made for "
         f"{planned[name]!r}"
@@ -188,8 +188,16 @@ def _changes_of_table(
     return [f"table {placed.table!r}: {reason}"] if reason else []
 
 
-def _declared(collection: Collection, table: Table) -> dict[str, Any]:
-    """What a plan says of a table beside its name and where it lies, as the model has it."""
+def declared_of(collection: Collection, table: Table) -> dict[str, Any]:
+    """What a plan says of a table beside its name and where it lies, as the model has it.
+
+    Args:
+        collection: The table's.
+        table: The table.
+
+    Returns:
+        Fields of a `TablePlacement`.
+    """
     return {
         "module": collection.path,
         "feature_names": tuple(table.config.feature_names),
