@@ -12,7 +12,7 @@ MAX_NUM_EMBEDDINGS = 2**31 - 1  # FBGEMM holds row numbers of a table in 32 bits
 
 WIDTH_STEP = 4
 """Columns come in fours: FBGEMM's kernels read four floats at a time."""
-BYTES_OF = {"float32": 4, "float16": 2}
+BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a value of each dtype that rows may have."""
 OutOfRange = Literal["raise", "drop", "clamp", "hash", "oov_row"]
 
@@ -30,10 +30,16 @@ class TableConfig:
         pooling: How the rows of a bag are pooled: "sum" or "mean". An empty bag is a row of zeros.
         optimizer: How looked-up rows are updated.
         init: Initial values; by default uniform within 1 / sqrt(num_embeddings), as in TorchRec.
-        dtype: Of the rows: "float32" or "float16". Optimizer state and pooled features are float32
-            either way. Updated float16 rows are rounded to the nearest, on every device: an update
-            of less than about 1/2000 of a weight is lost.
+        dtype: Of the rows: "float32", "float16", or on CUDA "bfloat16". Optimizer state and pooled
+            features are float32 in any case.
+        rounding: Of updated 16-bit rows. "stochastic" takes one of the two neighbours, with a
+            probability by its distance, so that small updates count on average; which, is a pure
+            function of table, row, column and step. "nearest" loses updates of less than about
+            1/2000 of a float16 weight, 1/250 of a bfloat16 one.
         trainable: Whether rows are updated; if not, they stay bit for bit as they are.
+        frozen_rows: So many of the first rows stay bit for bit as they are.
+        padding_idx: A row that stays as it is, and that pooled bags leave out, as in
+            `torch.nn.EmbeddingBag`.
         out_of_range: What becomes of ids that the table does not have, where the batch is made:
             "raise" refuses the batch, "drop" leaves them out, "clamp" takes the nearest row,
             "hash" spreads all ids of the feature over the rows by a stable hash, that of
@@ -58,8 +64,11 @@ class TableConfig:
     pooling: Literal["sum", "mean"] = "sum"
     optimizer: SparseOptimizer = field(default_factory=lambda: RowWiseAdagrad(lr=0.01))
     init: Init | None = None
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
     trainable: bool = True
+    frozen_rows: int = 0
+    padding_idx: int | None = None
     out_of_range: OutOfRange = "raise"
 
     def __post_init__(self) -> None:
@@ -85,7 +94,8 @@ class TableConfig:
         self._check_features(table)
         for name, chosen, allowed in (
             ("pooling", self.pooling, ("sum", "mean")),
-            ("dtype", self.dtype, ("float32", "float16")),
+            ("dtype", self.dtype, tuple(BYTES_OF)),
+            ("rounding", self.rounding, ("stochastic", "nearest")),
             ("trainable", self.trainable, (True, False)),
             ("out_of_range", self.out_of_range, get_args(OutOfRange)),
         ):

@@ -18,7 +18,7 @@ from shardemb.env import Env
 from shardemb.errors import RunError
 from shardemb.layouts import DataParallel
 from shardemb.modules.discovery import Collection, Table, find_collections, tables_of
-from shardemb.optim import SparseOptimizer
+from shardemb.optim import SGD, SparseOptimizer
 from shardemb.optim.replicated import mark_replicated
 from shardemb.outputs import FinishPooled, FinishSequences, outputs_of
 from shardemb.placement import ShardingPlan
@@ -67,9 +67,9 @@ def shard_modules(
     """
     collections, origins = _checked(model, plan, env)
     layout_of = {table.table: table.layout for table in plan.tables}
-    _give_frozen_tables_an_optimizer(collections)
+    _attach_fused_optimizers(collections)
     replicated = {
-        name: (table.optimizer, table.optimizer_options)  # before TorchRec renames the options
+        name: _trained_by(table)
         for name, table in tables_of(collections).items()
         if layout_of[name] == DataParallel.torchrec_name
     }
@@ -148,12 +148,24 @@ def _checked(
 
 def _declared(table: Table) -> str:
     """What ranks must agree on of a table, beside what the plan says."""
-    return repr((table.name, table.optimizer_options if table.trainable else None))
+    return repr((table.name, table.training if table.trainable else None))
 
 
-def _give_frozen_tables_an_optimizer(collections: dict[str, Collection]) -> None:
-    """TorchRec's kernels need one; it has no state, and `outputs.py` lets no gradient through."""
+def _attach_fused_optimizers(collections: dict[str, Collection]) -> None:
+    """Attaches what TorchRec picks a fused kernel by; it plans the dense one where there is none.
+
+    To frozen tables too: one without state, and `outputs.py` lets no gradient through.
+    """
     for table in tables_of(collections).values():
-        if not table.trainable:
-            table.weight._optimizer_classes = [torchrec.optim.SGD]  # type: ignore[attr-defined]
-            table.weight._optimizer_kwargs = [{"lr": 0.0}]  # type: ignore[attr-defined]
+        kind, given = _trained_by(table)
+        table.weight._optimizer_classes = [  # type: ignore[attr-defined]
+            getattr(torchrec.optim, kind.torchrec_class)
+        ]
+        table.weight._optimizer_kwargs = [given]  # type: ignore[attr-defined]
+
+
+def _trained_by(table: Table) -> tuple[type[SparseOptimizer], dict[str, Any]]:
+    """Class and settings of the optimizer of a table, for a frozen one of one that does nothing."""
+    if not table.trainable:
+        return SGD, {"lr": 0.0}
+    return table.optimizer, dict(vars(table.training.optimizer))

@@ -29,7 +29,7 @@ GOOD: dict[str, Any] = {
         ({"feature_names": ()}, "feature_names must hold at least one name"),
         ({"feature_names": ("a", "a")}, "feature_names names a feature twice"),
         ({"pooling": "max"}, "pooling must be 'sum' or 'mean', got 'max'"),
-        ({"dtype": "float64"}, "dtype must be 'float32' or 'float16', got 'float64'"),
+        ({"dtype": "float64"}, "dtype must be 'float32', 'float16' or 'bfloat16', got 'float64'"),
         ({"trainable": None}, "trainable must be True or False, got None"),
         ({"out_of_range": "mod"}, "'raise', 'drop', 'clamp', 'hash' or 'oov_row', got 'mod'"),
         ({"optimizer": "adagrad"}, "optimizer must be one of shardemb.optim"),

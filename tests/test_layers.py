@@ -61,6 +61,7 @@ LAYERS = (
     {
         "modules",
         "modules.initial_values",
+        "modules.training",
         "modules.tables",
         "modules.embedding_bag",
         "modules.embedding",

@@ -198,8 +198,8 @@ def attach(model: nn.Module, optimizer: type[torch.optim.Optimizer], **options: 
             "table 'a': optimizer Adagrad was not given eps, and FBGEMM's default is not torch's",
         ),
         (
-            lambda: torchrec_collection(data_type=DataType.BF16),
-            "table 'a': data_type BF16 is not supported; use FP32 or FP16",
+            lambda: torchrec_collection(data_type=DataType.INT8),
+            "table 'a': data_type INT8 is not supported; use FP32, FP16 or BF16",
         ),
         (
             lambda: attach(

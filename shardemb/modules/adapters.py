@@ -12,6 +12,8 @@ import torchrec
 from torch import nn
 from torchrec import KeyedJaggedTensor
 
+from shardemb.modules.training import note_training, noted_training
+
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
@@ -261,8 +263,9 @@ def adapt(
     pooled = isinstance(collection, torchrec.EmbeddingBagCollection)
     (table,) = (collection.embedding_bags if pooled else collection.embeddings).values()
     if weight.requires_grad:
-        for name in ("_optimizer_classes", "_optimizer_kwargs"):
-            setattr(weight, name, getattr(table.weight, name))
+        training = noted_training(table.weight)
+        assert training is not None
+        note_training(weight, training)
     table.weight = weight
     collection._device = weight.device
     del adapter.weight

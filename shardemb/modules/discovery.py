@@ -15,6 +15,7 @@ from torchrec.modules.embedding_modules import (
 )
 
 from shardemb import optim
+from shardemb.modules.training import RowTraining, noted_training
 from shardemb.optim import SparseOptimizer
 
 _CONFIG_OF: dict[type, type[SparseOptimizer]] = {
@@ -25,7 +26,7 @@ _CONFIG_OF: dict[type, type[SparseOptimizer]] = {
     torchrec.optim.RowWiseAdagrad: optim.RowWiseAdagrad,
 }
 _HONOURED = {"lr", "eps"}
-_DTYPES = {DataType.FP32: "float32", DataType.FP16: "float16"}
+_DTYPES = {DataType.FP32: "float32", DataType.FP16: "float16", DataType.BF16: "bfloat16"}
 _POOLING = {PoolingType.SUM: "sum", PoolingType.MEAN: "mean"}
 
 
@@ -52,7 +53,7 @@ class Table:
 
     @property
     def dtype(self) -> str:
-        """Of its rows: "float32" or "float16"."""
+        """Of its rows: "float32", "float16" or "bfloat16"."""
         return _DTYPES[self.config.data_type]
 
     @property
@@ -61,15 +62,19 @@ class Table:
         return self.weight.requires_grad
 
     @property
-    def optimizer(self) -> type[SparseOptimizer]:
-        """The config class of the optimizer that is attached to it."""
-        return _CONFIG_OF[self.weight._optimizer_classes[0]]  # type: ignore[attr-defined]
+    def training(self) -> RowTraining:
+        """How its rows are trained, if they are."""
+        noted = noted_training(self.weight)
+        if noted is not None:
+            return noted
+        kind: type = self.weight._optimizer_classes[0]  # type: ignore[attr-defined]
+        given: Mapping[str, Any] = self.weight._optimizer_kwargs[0]  # type: ignore[attr-defined]
+        return RowTraining(optimizer=_CONFIG_OF[kind](**given))
 
     @property
-    def optimizer_options(self) -> dict[str, Any]:
-        """What its optimizer was given: "lr" and for some "eps"."""
-        given: Mapping[str, Any] = self.weight._optimizer_kwargs[0]  # type: ignore[attr-defined]
-        return {name: value for name, value in given.items() if name in _HONOURED}
+    def optimizer(self) -> type[SparseOptimizer]:
+        """The config class of its optimizer."""
+        return type(self.training.optimizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +219,8 @@ def _check_table(table: Table) -> None:
     who = f"table {table.name!r}"
     if table.config.data_type not in _DTYPES:
         raise ValueError(
-            f"{who}: data_type {table.config.data_type.name} is not supported; use FP32 or FP16"
+            f"{who}: data_type {table.config.data_type.name} is not supported; use FP32, FP16 or "
+            "BF16"
         )
     if table.is_weighted and table.pooling == "mean":
         raise ValueError(
@@ -222,7 +228,7 @@ def _check_table(table: Table) -> None:
             "add up to 1"
         )
     classes = getattr(table.weight, "_optimizer_classes", [])
-    if not classes and not table.trainable:
+    if noted_training(table.weight) is not None or (not classes and not table.trainable):
         return
     if len(classes) != 1:
         raise ValueError(

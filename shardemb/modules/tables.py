@@ -2,15 +2,14 @@
 
 from typing import Any
 
-import torchrec
 from torch import nn
-from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.modules.embedding_configs import DataType
 
 from shardemb.config import TableConfig
 from shardemb.modules.initial_values import InitialValues
+from shardemb.modules.training import RowTraining, note_training
 
-_DATA_TYPE = {"float32": DataType.FP32, "float16": DataType.FP16}
+_DATA_TYPE = {"float32": DataType.FP32, "float16": DataType.FP16, "bfloat16": DataType.BF16}
 
 
 def shared_fields(table: TableConfig, seed: int) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def shared_fields(table: TableConfig, seed: int) -> dict[str, Any]:
 def attach_optimizer(weight: nn.Parameter, table: TableConfig) -> None:
     """Tells the weight of an unsharded collection how it is to be trained, if at all.
 
-    A weight that is not on meta gets no optimizer, so that it trains as any torch parameter.
+    A weight that is not on meta is told nothing, so that it trains as any torch parameter.
 
     Args:
         weight: Of the table.
@@ -53,8 +52,12 @@ def attach_optimizer(weight: nn.Parameter, table: TableConfig) -> None:
     if not table.trainable:
         weight.requires_grad_(False)  # noqa: FBT003
     elif weight.is_meta:
-        _apply_optimizer_in_backward(
-            getattr(torchrec.optim, table.optimizer.torchrec_class),
-            [weight],
-            dict(vars(table.optimizer)),
+        note_training(
+            weight,
+            RowTraining(
+                optimizer=table.optimizer,
+                rounding=table.rounding,
+                frozen_rows=table.frozen_rows,
+                padding_idx=table.padding_idx,
+            ),
         )
