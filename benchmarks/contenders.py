@@ -155,9 +155,10 @@ def torchrec_directly(case: Case, batches: Batches, env: Env) -> Callable[[], ob
         device=torch.device("meta"),
     )
     config = OPTIMIZERS[case.optimizer]
+    options = {name: value for name, value in vars(config).items() if value}
     for parameter in collection.parameters():
         _apply_optimizer_in_backward(
-            getattr(torchrec.optim, config.torchrec_class), [parameter], dict(vars(config))
+            getattr(torchrec.optim, config.torchrec_class), [parameter], dict(options)
         )
     model = Mean(collection)
     where = {

@@ -168,4 +168,5 @@ def _trained_by(table: Table) -> tuple[type[SparseOptimizer], dict[str, Any]]:
     """Class and settings of the optimizer of a table, for a frozen one of one that does nothing."""
     if not table.trainable:
         return SGD, {"lr": 0.0}
-    return table.optimizer, dict(vars(table.training.optimizer))
+    given = vars(table.training.optimizer).items()
+    return table.optimizer, {name: value for name, value in given if value}  # the others do nothing

@@ -61,9 +61,9 @@ def make_typed(cls: type[T], values: Any, where: str, **given: Any) -> T:
         ValueError: A field is missing, unknown or of another kind, or the dataclass refuses it.
 
     Example:
-        >>> from shardemb.optim import SGD
-        >>> make_typed(SGD, {"lr": 1}, "the optimizer")
-        SGD(lr=1)
+        >>> from shardemb.init import Normal
+        >>> make_typed(Normal, {"std": 0.5}, "the initial values")
+        Normal(std=0.5)
     """
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be an object, got {_shown(values)}")

@@ -12,7 +12,8 @@ from tests.every_layout import whole_table
 
 def torch_optimizer(model: nn.Module, optimizer: SparseOptimizer) -> torch.optim.Optimizer:
     kind: type[torch.optim.Optimizer] = getattr(torch.optim, type(optimizer).__name__)
-    return kind([p for p in model.parameters() if p.requires_grad], **vars(optimizer))
+    options = {name: value for name, value in vars(optimizer).items() if value}
+    return kind([p for p in model.parameters() if p.requires_grad], **options)
 
 
 def weights_of(model: nn.Module, reference: nn.Module) -> Mapping[str, torch.Tensor]:

@@ -1,10 +1,10 @@
-"""Tables and optimizers refuse what they cannot be."""
+"""Tables refuse what they cannot be."""
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from shardemb import EmbeddingBagCollection, EmbeddingCollection, TableConfig, optim
+from shardemb import EmbeddingBagCollection, EmbeddingCollection, TableConfig
 from shardemb.config import check_tables
 
 GOOD: dict[str, Any] = {
@@ -56,28 +56,6 @@ def test_tables_of_one_name_are_refused() -> None:
         check_tables((TableConfig(**GOOD), TableConfig(**GOOD)))
     with pytest.raises(ValueError, match="at least one table, got none"):
         check_tables(())
-
-
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
-        (lambda: optim.SGD(lr=0), "SGD: lr must be a positive number, got 0"),
-        (lambda: optim.Adagrad(lr=0.1, eps=-1e-8), "Adagrad: eps must be a positive number"),
-        (lambda: optim.RowWiseAdagrad(lr=float("nan")), "RowWiseAdagrad: lr must be a positive"),
-        (
-            lambda: optim.RowWiseAdagrad(lr=cast("float", "0.1")),
-            "lr must be a positive number, got '0.1'",
-        ),
-    ],
-)
-def test_a_bad_optimizer_is_refused_by_name(make: Any, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        make()
-
-
-def test_an_option_that_no_kernel_honours_does_not_exist() -> None:
-    with pytest.raises(TypeError, match="weight_decay"):
-        optim.SGD(lr=0.1, weight_decay=0.01)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("make", [EmbeddingBagCollection, EmbeddingCollection])

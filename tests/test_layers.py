@@ -21,6 +21,8 @@ LAYERS = (
             "env",
             "agree",
             "collectives",
+            "optim.base",
+            "optim.adam",
             "optim.configs",
             "optim",
             "init",

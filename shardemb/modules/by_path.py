@@ -72,8 +72,8 @@ def optimizers_by(
     Example:
         >>> from shardemb.optim import SGD, Adagrad
         >>> bags = {"emb_l.0": nn.EmbeddingBag(9, 4), "emb_l.1": nn.EmbeddingBag(9, 4)}
-        >>> optimizers_by({"": SGD(lr=0.1), "emb_l.1": Adagrad(lr=0.2)}, bags)["emb_l.1"]
-        Adagrad(lr=0.2, eps=1e-08)
+        >>> optimizers_by({"": SGD(lr=0.1), "emb_l.1": Adagrad(lr=0.2)}, bags)["emb_l.1"].lr
+        0.2
     """
     given = optimizer if isinstance(optimizer, Mapping) else {"": optimizer}
     for around, config in given.items():

@@ -1,5 +1,17 @@
 """Optimizers: frozen configs that belong to a table, and one object that drives them all."""
 
-from shardemb.optim.configs import SGD, Adagrad, RowWiseAdagrad, SparseOptimizer
+from shardemb.optim.adam import LAMB, Adam, AdamW, PartialRowWiseAdam, PartialRowWiseLAMB
+from shardemb.optim.configs import SGD, Adagrad, LarsSGD, RowWiseAdagrad, SparseOptimizer
 
-__all__ = ["SGD", "Adagrad", "RowWiseAdagrad", "SparseOptimizer"]
+__all__ = [
+    "LAMB",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "LarsSGD",
+    "PartialRowWiseAdam",
+    "PartialRowWiseLAMB",
+    "RowWiseAdagrad",
+    "SparseOptimizer",
+]

@@ -113,7 +113,7 @@ def candidates_of(
     sizes = {"world_size": cluster.world_size, "local_world_size": cluster.ranks_per_node}
     copies = cluster.world_size if isinstance(layout, DataParallel) else 1
     shape = table.config.num_embeddings, table.config.embedding_dim
-    optimizer = table.optimizer if table.trainable else None
+    optimizer = table.training.optimizer if table.trainable else None
     return [
         Candidate(
             layouts=(layout,),

@@ -121,7 +121,7 @@ def largest_block(
 
 
 def bytes_of_block(
-    num_rows: int, num_columns: int, *, dtype: str, optimizer: type[SparseOptimizer] | None
+    num_rows: int, num_columns: int, *, dtype: str, optimizer: SparseOptimizer | None
 ) -> tuple[int, int]:
     """Bytes of the weights and of the optimizer state of a block of a table.
 
@@ -136,7 +136,7 @@ def bytes_of_block(
 
     Example:
         >>> from shardemb.optim import RowWiseAdagrad
-        >>> bytes_of_block(5, 8, dtype="float16", optimizer=RowWiseAdagrad)
+        >>> bytes_of_block(5, 8, dtype="float16", optimizer=RowWiseAdagrad(lr=0.1))
         (80, 20)
     """
     weights = num_rows * num_columns * BYTES_OF[dtype]

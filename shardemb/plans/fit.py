@@ -207,7 +207,7 @@ def declared_of(collection: Collection, table: Table) -> dict[str, Any]:
         "pooling": table.pooling,
         "is_weighted": table.is_weighted,
         "trainable": table.trainable,
-        "optimizer": table.optimizer.__name__ if table.trainable else "none",
+        "optimizer": table.training.optimizer.plan_name if table.trainable else "none",
     }
 
 

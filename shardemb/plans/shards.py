@@ -13,15 +13,17 @@ from shardemb.layouts import (
     TableRowWise,
     TableWise,
 )
-from shardemb.optim import RowWiseAdagrad, SparseOptimizer
+from shardemb.optim import SGD, RowWiseAdagrad, SparseOptimizer
 from shardemb.placement import Shard, TablePlacement
 from shardemb.planning.geometry import blocks_of, bytes_of_block
 
-OPTIMIZERS: dict[str, type[SparseOptimizer] | None] = {
+_EXAMPLES = (*(kind(lr=1.0) for kind in get_args(SparseOptimizer)), SGD(lr=1.0, momentum=0.5))
+OPTIMIZERS: dict[str, SparseOptimizer | None] = {
     "none": None,
-    **{kind.__name__: kind for kind in get_args(SparseOptimizer)},
+    **{example.plan_name: example for example in _EXAMPLES},
 }
-"""By the names that a plan has for them; a table that is not trained has none."""
+"""One of each name that a plan has for them, with its state; a table that is not trained has none.
+"""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -53,10 +55,10 @@ def shards_of(
         (5, 80, 20)
     """
     world_size, local_world_size = ranks
-    kind = OPTIMIZERS[optimizer]
+    of_name = OPTIMIZERS[optimizer]
     blocks = blocks_of(layout, shape, world_size=world_size, local_world_size=local_world_size)
     num_bytes = [
-        bytes_of_block(block.num_rows, block.num_columns, dtype=dtype, optimizer=kind)
+        bytes_of_block(block.num_rows, block.num_columns, dtype=dtype, optimizer=of_name)
         for block in blocks
     ]
     return tuple(
