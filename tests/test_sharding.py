@@ -73,7 +73,7 @@ def check_against_reference(env: Env, optimizer: SparseOptimizer, where: dict[st
         assert torch.equal(weight[untouched], before[table.name][untouched])
         if not isinstance(optimizer, optim.SGD):
             assert momentum is not None
-            expected_state = reference.state[table.name]
+            expected_state = reference.state[table.name]["momentum1"]
             expected_state = expected_state[:, 0] if momentum.dim() == 1 else expected_state
             torch.testing.assert_close(momentum.double(), expected_state, rtol=1e-4, atol=1e-6)
             assert torch.equal(momentum[untouched], torch.zeros_like(momentum[untouched]))
