@@ -73,6 +73,7 @@ LAYERS = (
         "modules.convertible",
         "modules.from_torch",
     },
+    {"updates", "updates.formulas"},
     {
         "workload",
         "cluster",

@@ -1,0 +1,1 @@
+"""How looked-up rows are updated: formulas and rounding."""
