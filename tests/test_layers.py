@@ -73,7 +73,7 @@ LAYERS = (
         "modules.convertible",
         "modules.from_torch",
     },
-    {"updates", "updates.formulas"},
+    {"updates", "updates.formulas", "updates.rounding"},
     {
         "workload",
         "cluster",
