@@ -64,6 +64,7 @@ LAYERS = (
         "modules",
         "modules.initial_values",
         "modules.training",
+        "modules.torchrec_optimizers",
         "modules.tables",
         "modules.embedding_bag",
         "modules.embedding",
