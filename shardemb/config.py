@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from shardemb.init import Init, Uniform
+from shardemb.init import Init, Pretrained, Uniform
 from shardemb.optim import RowWiseAdagrad, SparseOptimizer
 
 MAX_NUM_EMBEDDINGS = 2**31 - 1  # FBGEMM holds row numbers of a table in 32 bits on some paths
@@ -29,7 +29,8 @@ class TableConfig:
         feature_names: Keys of the batch that look up here. Several features may share one table.
         pooling: How the rows of a bag are pooled: "sum" or "mean". An empty bag is a row of zeros.
         optimizer: How looked-up rows are updated.
-        init: Initial values; by default uniform within 1 / sqrt(num_embeddings), as in TorchRec.
+        init: Initial values, drawn by `shardemb.init.Uniform`, `Normal` or `Constant`, or given by
+            `Pretrained`; by default uniform within 1 / sqrt(num_embeddings), as in TorchRec.
         dtype: Of the rows: "float32", "float16", or on CUDA "bfloat16". Optimizer state and pooled
             features are float32 in any case.
         rounding: Of updated 16-bit rows. "stochastic" takes one of the two neighbours, with a
@@ -39,7 +40,9 @@ class TableConfig:
         trainable: Whether rows are updated; if not, they stay bit for bit as they are.
         frozen_rows: So many of the first rows stay bit for bit as they are.
         padding_idx: A row that stays as it is, and that pooled bags leave out, as in
-            `torch.nn.EmbeddingBag`.
+            `torch.nn.EmbeddingBag`: a mean is of the other rows. It starts as zeros unless it is
+            given by `init.Pretrained`. Counted from the end where it is negative. Tables of one
+            pooled collection that share a feature must agree.
         out_of_range: What becomes of ids that the table does not have, where the batch is made:
             "raise" refuses the batch, "drop" leaves them out, "clamp" takes the nearest row,
             "hash" spreads all ids of the feature over the rows by a stable hash, that of
@@ -79,7 +82,7 @@ class TableConfig:
             ("num_embeddings", self.num_embeddings),
             ("embedding_dim", self.embedding_dim),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_int(value) or value < 1:
                 raise ValueError(f"{table}: {name} must be a positive integer, got {value!r}")
         if self.num_embeddings > MAX_NUM_EMBEDDINGS:
             raise ValueError(
@@ -114,6 +117,44 @@ class TableConfig:
                 f"{table}: init must be one of shardemb.init, such as init.Normal(std=0.01), got "
                 f"{self.init!r}"
             )
+        if isinstance(self.init, Pretrained):
+            self.init.check_fits(self.name, self.num_embeddings, self.embedding_dim)
+        self._check_frozen_rows(table)
+        self._check_padding(table)
+
+    def _check_frozen_rows(self, table: str) -> None:
+        frozen, rows = self.frozen_rows, self.num_embeddings
+        if not _is_int(frozen) or not 0 <= frozen <= rows:
+            raise ValueError(
+                f"{table}: frozen_rows must be an integer in 0..{rows - 1}, got {frozen!r}"
+            )
+        if frozen == rows:
+            raise ValueError(
+                f"{table}: frozen_rows={frozen} are all its rows; say trainable=False instead"
+            )
+
+    def _check_padding(self, table: str) -> None:
+        padding, rows = self.padding_idx, self.num_embeddings
+        if padding is None:
+            return
+        if not _is_int(padding) or not -rows <= padding < rows:
+            raise ValueError(
+                f"{table}: padding_idx must be None or an integer in {-rows}..{rows - 1}, got "
+                f"{padding!r}"
+            )
+        object.__setattr__(self, "padding_idx", padding % rows)
+        if self.out_of_range == "oov_row" and self.padding_idx == rows - 1:
+            raise ValueError(
+                f"{table}: padding_idx={padding} is the row that out_of_range='oov_row' keeps for "
+                "unknown ids, which would be left out and never trained; use another row for "
+                "padding, or out_of_range='drop'"
+            )
+        if self.out_of_range == "hash":
+            raise ValueError(
+                f"{table}: out_of_range='hash' sends the id {padding} to some other row, and other "
+                f"ids to the row padding_idx={padding}; leave padding out of the bags where the "
+                "batch is made, or use another out_of_range"
+            )
 
     def _check_features(self, table: str) -> None:
         if isinstance(self.feature_names, str):
@@ -144,6 +185,10 @@ class TableConfig:
     def weight_bytes(self) -> int:
         """Bytes of the whole table's weights."""
         return BYTES_OF[self.dtype] * self.num_embeddings * self.embedding_dim
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_tables(tables: tuple[TableConfig, ...]) -> None:

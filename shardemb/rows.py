@@ -1,4 +1,4 @@
-"""The rows that a sharded table starts with: drawn where they lie, or taken from rank 0."""
+"""The rows that a sharded table starts with: drawn or read where they lie, or of rank 0."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from shardemb.agree import all_or_none
 from shardemb.env import Env
 from shardemb.init import Uniform
 from shardemb.modules.discovery import Collection, Table
@@ -23,7 +24,7 @@ class Origin:
     """Where the initial rows of a table come from: drawn, or a weight that the model holds.
 
     Attributes:
-        drawn: Draws any block of it.
+        drawn: Draws any block of it, or reads it from what was given.
         held: The whole table.
     """
 
@@ -84,25 +85,37 @@ def left_unfilled(collections: Iterable[Collection]) -> Iterator[None]:
 
 @torch.no_grad()
 def set_rows(weight: torch.Tensor | ShardedTensor, origin: Origin, env: Env) -> None:
-    """Fills this rank's part of a table. On all ranks together, if the weight is held.
+    """Fills this rank's part of a table. On all ranks together, unless its rows are drawn.
 
     Args:
         weight: The sharded table, or the whole one where it is replicated.
         origin: What its rows are.
         env: This process.
+
+    Raises:
+        ValueError: The rows are given, and one is not finite, or not in the table's dtype.
+        OSError: They are in a file that cannot be read.
+        RunError: It is another than when the table was declared, or another rank failed.
     """
     blocks = _blocks_of(weight)
     if origin.held is not None:
         _take_from_main(origin.held, blocks, env)
         return
     assert origin.drawn is not None
-    shape = weight.metadata().size if isinstance(weight, ShardedTensor) else weight.shape
+    width = weight.metadata().size[1] if isinstance(weight, ShardedTensor) else weight.shape[1]
+    if not origin.drawn.are_given:
+        _fill(blocks, origin.drawn, width)
+        return
+    with all_or_none(env, f"reading the initial rows {origin.drawn}"):
+        _fill(blocks, origin.drawn, width)
+
+
+def _fill(
+    blocks: Iterable[tuple[torch.Tensor, int, int]], drawn: InitialValues, embedding_dim: int
+) -> None:
     for block, first_row, first_column in blocks:
-        origin.drawn.fill(
-            block,
-            first_row=first_row,
-            first_column=first_column,
-            embedding_dim=shape[1],
+        drawn.fill(
+            block, first_row=first_row, first_column=first_column, embedding_dim=embedding_dim
         )
 
 

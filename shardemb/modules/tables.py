@@ -36,7 +36,9 @@ def shared_fields(table: TableConfig, seed: int) -> dict[str, Any]:
         "embedding_dim": table.embedding_dim,
         "feature_names": list(table.feature_names),
         "data_type": _DATA_TYPE[table.dtype],
-        "init_fn": InitialValues(table.name, table.initial_values, seed),
+        "init_fn": InitialValues(
+            table.name, table.initial_values, seed, padding_idx=table.padding_idx
+        ),
     }
 
 
