@@ -89,7 +89,12 @@ def shard_modules(
         module = sharded.module.get_submodule(path)
         _fill(module, collection, origins, replicated, env)
         limits = limits_of(table.config for table in collection.tables.values())
-        guard = GuardedForward(limits, is_weighted=collection.is_weighted, check_ids=check_ids)
+        guard = GuardedForward(
+            limits,
+            is_weighted=collection.is_weighted,
+            check_ids=check_ids,
+            padding_of=collection.padding_of,
+        )
         module.register_forward_pre_hook(guard, with_kwargs=True)
         outputs = outputs_of(collection, layout_of)
         if collection.is_pooled:
@@ -148,7 +153,7 @@ def _checked(
 
 def _declared(table: Table) -> str:
     """What ranks must agree on of a table, beside what the plan says."""
-    return repr((table.name, table.training if table.trainable else None))
+    return repr((table.name, table.padding_idx, table.training if table.trainable else None))
 
 
 def _attach_fused_optimizers(collections: dict[str, Collection]) -> None:

@@ -34,11 +34,33 @@ GOOD: dict[str, Any] = {
         ({"out_of_range": "mod"}, "'raise', 'drop', 'clamp', 'hash' or 'oov_row', got 'mod'"),
         ({"optimizer": "adagrad"}, "optimizer must be one of shardemb.optim"),
         ({"init": 0.5}, "init must be one of shardemb.init"),
+        ({"frozen_rows": -1}, "frozen_rows must be an integer in 0..9, got -1"),
+        ({"frozen_rows": True}, "frozen_rows must be an integer in 0..9, got True"),
+        ({"frozen_rows": 11}, "frozen_rows must be an integer in 0..9, got 11"),
+        ({"frozen_rows": 10}, "frozen_rows=10 are all its rows; say trainable=False instead"),
+        ({"padding_idx": 10}, "padding_idx must be None or an integer in -10..9, got 10"),
+        ({"padding_idx": -11}, "padding_idx must be None or an integer in -10..9, got -11"),
+        ({"padding_idx": False}, "padding_idx must be None or an integer in -10..9, got False"),
+        (
+            {"padding_idx": -1, "out_of_range": "oov_row"},
+            "padding_idx=-1 is the row that out_of_range='oov_row' keeps for unknown ids",
+        ),
+        (
+            {"padding_idx": 0, "out_of_range": "hash"},
+            "out_of_range='hash' sends the id 0 to some other row, and other ids to the row pad",
+        ),
     ],
 )
 def test_a_bad_table_is_refused_by_name(changed: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         TableConfig(**GOOD | changed)
+
+
+def test_padding_is_counted_from_the_end_where_it_is_negative() -> None:
+    assert TableConfig(**GOOD | {"padding_idx": -10}).padding_idx == 0
+    last = TableConfig(**GOOD | {"padding_idx": -1, "out_of_range": "clamp"})
+    assert last.padding_idx == 9
+    assert TableConfig(**GOOD | {"padding_idx": 8, "out_of_range": "oov_row"}).padding_idx == 8
 
 
 def test_an_unknown_field_is_refused() -> None:

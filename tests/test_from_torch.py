@@ -11,6 +11,7 @@ import shardemb as se
 from shardemb import layouts, optim
 from shardemb.env import Env
 from shardemb.layouts import Layout
+from shardemb.modules.discovery import find_collections, tables_of
 from shardemb.optim import SparseOptimizer
 from tests.converted import weights_of
 from tests.spmd import spmd
@@ -55,7 +56,7 @@ def test_an_unsharded_converted_model_computes_and_trains_as_before() -> None:
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("include_last_offset", [True, False])
 def test_calls_without_ids_or_bags_return_what_torch_returns(
     mode: str, dtype: torch.dtype, include_last_offset: bool
@@ -75,6 +76,9 @@ def test_calls_without_ids_or_bags_return_what_torch_returns(
     ]
     for args in of_bags:
         assert torch.equal(adapted[0](*args), bag(*args))
+    for table in tables_of(find_collections(adapted)).values():
+        assert table.dtype == str(dtype)[6:]
+        assert table.padding_idx == (8 if table.pooling else None)
     assert adapted[0](torch.zeros(3, 0, dtype=torch.int64)).tolist() == [[0.0] * 4] * 3
     for shape in ((), (0,), (2, 0, 3), (0, 3), (2, 1, 3)):
         ids = torch.ones(shape, dtype=torch.int64)

@@ -85,7 +85,6 @@ MODULES: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: nn.Embedding(9, 8, scale_grad_by_freq=True), "scale_grad_by_freq=True is not supp"),
     (lambda: nn.Embedding(9, 30), "embedding_dim must be a positive multiple of 4, got 30; use 32"),
     (lambda: nn.Embedding(9, 8, device="meta"), "its weight is on meta, and has no rows to carry"),
-    (lambda: nn.Embedding(9, 8, dtype=torch.bfloat16), "its weight is torch.bfloat16, the kernels"),
     (lambda: nn.Embedding(9, 8).double(), "its weight is torch.float64, the kernels have float32"),
     (lambda: Scaled(9, 8), r"Scaled may compute something else than nn\.EmbeddingBag; use that"),
     (quantized, "EmbeddingBag may compute something else than"),

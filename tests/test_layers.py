@@ -56,6 +56,7 @@ LAYERS = (
         "data.id_policies",
         "data.id_counts",
         "data.id_guard",
+        "data.bag_padding",
         "data.guarded_forward",
         "data.batches",
         "data.profile",

@@ -1,6 +1,6 @@
-"""Checks every batch that a sharded collection looks up, and puts its keys in order."""
+"""Checks every batch that a sharded collection looks up, and hands on what is to be looked up."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torchrec import KeyedJaggedTensor
 
+from shardemb.data.bag_padding import leave_padding_out
 from shardemb.data.id_guard import FeatureLimit, IdGuard
 
 
@@ -40,26 +41,33 @@ def _tensors_of(batch: KeyedJaggedTensor) -> list[torch.Tensor]:
 
 
 class GuardedForward:
-    """A forward pre-hook of a sharded collection: checks its batch and puts its keys in order.
+    """A forward pre-hook of a sharded collection: checks its batch, and hands on what is looked up.
 
     TorchRec freezes the order of keys at the first batch, and a batch with the same keys in another
-    order would look up the wrong tables, in silence; and ranks whose ids differ in dtype die.
+    order would look up the wrong tables, in silence; and ranks whose ids differ in dtype die. It
+    knows of no padding rows, so their ids are taken out of the bags.
 
     Args:
         limits: One for each pair of feature and table of the collection.
         is_weighted: Whether the collection weighs its ids.
         check_ids: Whether to check every batch that was not checked already.
+        padding_of: The row of each feature that its bags leave out, if there is one.
     """
 
     def __init__(
-        self, limits: Sequence[FeatureLimit], *, is_weighted: bool, check_ids: bool
+        self,
+        limits: Sequence[FeatureLimit],
+        *,
+        is_weighted: bool,
+        check_ids: bool,
+        padding_of: Mapping[str, int],
     ) -> None:
         self.guard = IdGuard(limits, is_weighted=is_weighted)
         self.checked: list[CheckedBatch] = []
         """Batches that need no further check."""
         self.lookups_left: int | None = None
         """Lookups until the next update, each of which would be an update of its own."""
-        self._check_ids = check_ids
+        self._check_ids, self._padding_of = check_ids, padding_of
         self._keys = self.guard.feature_names
 
     def __call__(
@@ -107,6 +115,8 @@ class GuardedForward:
                 lengths=batch.lengths().long(),
                 weights=batch.weights_or_none(),
             )
+        if self._padding_of:
+            batch = leave_padding_out(batch, self._padding_of)
         return (batch,), {}
 
     def _count(self) -> None:

@@ -153,10 +153,6 @@ class AdaptedEmbeddingBag(_Adapter):
         lengths_B = self._lengths(input, offsets)
         weights_N = self._weights(input, per_sample_weights)
         ids_N = input.reshape(-1)
-        if self.padding_idx is not None:
-            kept_N = ids_N != self.padding_idx
-            ids_N, lengths_B = ids_N[kept_N], _lengths_of_kept(kept_N, lengths_B)
-            weights_N = None if weights_N is None else weights_N[kept_N]
         batch = _one_feature(self.path, ids_N, lengths_B, weights_N)
         pooled_BD: torch.Tensor = self._looked_up(batch).values()
         return pooled_BD[: len(lengths_B)].to(self.row_dtype)
@@ -287,13 +283,6 @@ def _whole_weight(collection: nn.Module) -> nn.Parameter | None:
         return None
     weight: nn.Parameter = table.weight
     return weight
-
-
-def _lengths_of_kept(kept_N: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-    """How many ids of each bag are kept."""
-    before_N1 = torch.cat([kept_N.new_zeros(1, dtype=torch.int64), kept_N.cumsum(0)])
-    ends_B = lengths_B.cumsum(0)
-    return before_N1[ends_B] - before_N1[ends_B - lengths_B]
 
 
 def _one_feature(

@@ -14,7 +14,7 @@ from shardemb.config import WIDTH_STEP
 
 _COLLECTIONS = (EmbeddingBagCollectionInterface, EmbeddingCollectionInterface)
 _QUANTIZED = "torch.ao.nn.quantized"
-_DTYPES = (torch.float32, torch.float16)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def find_embeddings(model: nn.Module) -> dict[str, nn.Module]:
@@ -84,7 +84,8 @@ def _why_not_weight(module: nn.Module) -> str | None:
         )
     if weight.dtype not in _DTYPES:
         return (
-            f"its weight is {weight.dtype}, the kernels have float32 and float16; use one of them"
+            f"its weight is {weight.dtype}, the kernels have float32, float16 and bfloat16; use "
+            "one of them"
         )
     width = weight.shape[1]
     if width == 0 or width % WIDTH_STEP:

@@ -15,7 +15,8 @@ from torchrec.modules.embedding_modules import (
 )
 
 from shardemb import optim
-from shardemb.modules.training import RowTraining, noted_training
+from shardemb.data.bag_padding import padding_of_features
+from shardemb.modules.training import RowTraining, noted_training, num_frozen_rows
 from shardemb.optim import SparseOptimizer
 
 _CONFIG_OF: dict[type, type[SparseOptimizer]] = {
@@ -37,12 +38,14 @@ class Table:
     Attributes:
         config: TorchRec's.
         weight: The whole table, often on meta.
+        padding_idx: A row that stays as it is, and that pooled bags leave out.
         pooling: "sum" or "mean"; None in a sequence collection.
         is_weighted: Whether the ids of its bags carry weights.
     """
 
     config: BaseEmbeddingConfig
     weight: nn.Parameter
+    padding_idx: int | None
     pooling: str | None
     is_weighted: bool
 
@@ -69,7 +72,11 @@ class Table:
             return noted
         kind: type = self.weight._optimizer_classes[0]  # type: ignore[attr-defined]
         given: Mapping[str, Any] = self.weight._optimizer_kwargs[0]  # type: ignore[attr-defined]
-        return RowTraining(optimizer=_CONFIG_OF[kind](**given))
+        return RowTraining(
+            optimizer=_CONFIG_OF[kind](**given),
+            frozen_rows=num_frozen_rows(self.weight),
+            padding_idx=self.padding_idx,
+        )
 
     @property
     def optimizer(self) -> type[SparseOptimizer]:
@@ -100,6 +107,16 @@ class Collection:
     def is_weighted(self) -> bool:
         """Whether the ids of its bags carry weights."""
         return any(table.is_weighted for table in self.tables.values())
+
+    @property
+    def padding_of(self) -> dict[str, int]:
+        """The row of each feature that its bags leave out, where there is one."""
+        if not self.is_pooled:
+            return {}
+        return padding_of_features(
+            (table.name, table.config.feature_names, table.padding_idx)
+            for table in self.tables.values()
+        )
 
     @property
     def outputs(self) -> list[tuple[str, str, Table]]:
@@ -175,6 +192,7 @@ def _tables_in(
             config.name: Table(
                 config=config,
                 weight=module.embedding_bags[config.name].weight,
+                padding_idx=module.embedding_bags[config.name].padding_idx,
                 pooling=_POOLING[config.pooling],
                 is_weighted=module.is_weighted(),
             )
@@ -184,6 +202,7 @@ def _tables_in(
         config.name: Table(
             config=config,
             weight=module.embeddings[config.name].weight,
+            padding_idx=module.embeddings[config.name].padding_idx,
             pooling=None,
             is_weighted=False,
         )
@@ -192,11 +211,12 @@ def _tables_in(
 
 
 def _check_outputs(collection: Collection) -> None:
-    """Refuses outputs of one name, of which TorchRec would return one.
+    """Refuses outputs of one name, of which TorchRec would return one, and ambiguous padding.
 
     Raises:
-        ValueError: There are two.
+        ValueError: There are two, or tables that share a feature differ in their padding.
     """
+    _ = collection.padding_of
     num_outputs = Counter(name for name, _, _ in collection.outputs)
     twice = sorted(name for name, number in num_outputs.items() if number > 1)
     if twice:

@@ -7,7 +7,8 @@ import torchrec
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
 from shardemb.config import TableConfig, check_tables
-from shardemb.modules.tables import attach_optimizer, shared_fields
+from shardemb.data.bag_padding import padding_of_features
+from shardemb.modules.tables import attach_training, shared_fields
 
 _POOLING = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
 
@@ -37,7 +38,8 @@ def EmbeddingBagCollection(  # noqa: N802 - it stands where TorchRec's class sta
         there once for each, as "feature@table".
 
     Raises:
-        ValueError: No table, two of one name, or a weighted table with mean pooling.
+        ValueError: No table, two of one name, a weighted table with mean pooling, or tables that
+            share a feature and differ in `padding_idx`.
 
     Example:
         >>> table = TableConfig(
@@ -54,6 +56,7 @@ def EmbeddingBagCollection(  # noqa: N802 - it stands where TorchRec's class sta
                 f"table {table.name!r}: a weighted bag has no mean in torch; use pooling='sum', "
                 "and weights that add up to 1"
             )
+    padding_of_features((table.name, table.feature_names, table.padding_idx) for table in tables)
     collection = torchrec.EmbeddingBagCollection(
         tables=[
             EmbeddingBagConfig(**shared_fields(table, seed), pooling=_POOLING[table.pooling])
@@ -63,5 +66,5 @@ def EmbeddingBagCollection(  # noqa: N802 - it stands where TorchRec's class sta
         device=torch.device(device),
     )
     for table in tables:
-        attach_optimizer(collection.embedding_bags[table.name].weight, table)
+        attach_training(collection.embedding_bags[table.name], table)
     return collection

@@ -1,7 +1,7 @@
 """Turns the embedding modules of a torch model into tables that can be sharded, in place."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torchrec
@@ -16,6 +16,11 @@ from shardemb.modules.embedding import EmbeddingCollection
 from shardemb.modules.embedding_bag import EmbeddingBagCollection
 from shardemb.optim import SparseOptimizer
 
+_DTYPES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -133,7 +138,8 @@ def _collection(
     path: str, module: nn.Module, optimizer: SparseOptimizer | None, *, is_weighted: bool
 ) -> torchrec.EmbeddingBagCollection | torchrec.EmbeddingCollection:
     """A collection of one table, which holds the module's own weight."""
-    weight = module.get_parameter("weight")
+    assert isinstance(module, (nn.EmbeddingBag, nn.Embedding))
+    weight = module.weight
     fields: dict[str, Any] = {} if optimizer is None else {"optimizer": optimizer}
     table = TableConfig(
         name=_table_name(path),
@@ -141,7 +147,8 @@ def _collection(
         embedding_dim=weight.shape[1],
         feature_names=(feature_of(path),),
         pooling="mean" if getattr(module, "mode", "sum") == "mean" else "sum",
-        dtype="float16" if weight.dtype == torch.float16 else "float32",
+        dtype=_DTYPES[weight.dtype],
+        padding_idx=module.padding_idx,
         trainable=weight.requires_grad,
         **fields,
     )

@@ -1,4 +1,4 @@
-"""What both kinds of collection make of a table: TorchRec's config, and its optimizer."""
+"""What both kinds of collection make of a table: TorchRec's config, and how it is trained."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torchrec.modules.embedding_configs import DataType
 
 from shardemb.config import TableConfig
 from shardemb.modules.initial_values import InitialValues
-from shardemb.modules.training import RowTraining, note_training
+from shardemb.modules.training import RowTraining, freeze_first_rows, note_training
 
 _DATA_TYPE = {"float32": DataType.FP32, "float16": DataType.FP16, "bfloat16": DataType.BF16}
 
@@ -42,15 +42,18 @@ def shared_fields(table: TableConfig, seed: int) -> dict[str, Any]:
     }
 
 
-def attach_optimizer(weight: nn.Parameter, table: TableConfig) -> None:
-    """Tells the weight of an unsharded collection how it is to be trained, if at all.
+def attach_training(module: nn.EmbeddingBag | nn.Embedding, table: TableConfig) -> None:
+    """Tells a table of an unsharded collection how it is to be trained, if at all.
 
-    A weight that is not on meta is told nothing, so that it trains as any torch parameter.
+    One that is not on meta trains as any torch module, but for its padding row and frozen rows,
+    which get no gradient.
 
     Args:
-        weight: Of the table.
-        table: Names the optimizer.
+        module: Of the table.
+        table: Names the optimizer, and rows that stay as they are.
     """
+    weight = module.get_parameter("weight")
+    module.padding_idx = table.padding_idx  # torch leaves it out, and so does `shard_modules`
     if not table.trainable:
         weight.requires_grad_(False)  # noqa: FBT003
     elif weight.is_meta:
@@ -63,3 +66,5 @@ def attach_optimizer(weight: nn.Parameter, table: TableConfig) -> None:
                 padding_idx=table.padding_idx,
             ),
         )
+    elif table.frozen_rows:
+        freeze_first_rows(weight, table.frozen_rows)
