@@ -43,15 +43,14 @@ TABLES = [
 """Of about 200 MB each, with the state."""
 NAMES = [table.name for table in TABLES]
 IDS_PER_SAMPLE = dict(zip(NAMES, (1, 4, 10, 30), strict=True))
-GRID = layouts.grid_shard([0, 1], accumulator_per_slice=True)
+GRID = layouts.grid_shard([0, 1])
 LAYOUTS: dict[str, Sequence[Layout]] = {
     "table_wise": [layouts.table_wise(rank) for rank in range(WORLD_SIZE)],
     "row_wise": [layouts.row_wise()] * 4,
-    "column_wise": [layouts.column_wise(range(WORLD_SIZE), accumulator_per_slice=True)] * 4,
+    "column_wise": [layouts.column_wise(range(WORLD_SIZE))] * 4,
     "table_row_wise": [layouts.table_row_wise(node) for node in (0, 1, 0, 1)],
     "table_column_wise": [
-        layouts.table_column_wise(ranks, accumulator_per_slice=True)
-        for ranks in ([0, 1], [2, 3], [1, 0], [3, 2])
+        layouts.table_column_wise(ranks) for ranks in ([0, 1], [2, 3], [1, 0], [3, 2])
     ],
     "grid_shard": [GRID] * 4,
     "data_parallel and others": [

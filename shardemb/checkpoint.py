@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -17,12 +16,11 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from shardemb.agree import all_or_none
 from shardemb.env import Env, init_distributed
 from shardemb.errors import RunError
-from shardemb.optim.build import DENSE, FUSED
+from shardemb.optimizer import DENSE, FUSED, Optimizer
 
 _FORMAT = 2
 _HEADER = "shardemb.json"
@@ -36,7 +34,7 @@ _SCHEDULED = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 def save_checkpoint(
     path: str | Path,
     model: nn.Module,
-    optimizer: CombinedOptimizer,
+    optimizer: Optimizer,
     *,
     step: int,
     env: Env | None = None,
@@ -105,7 +103,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: str | Path, model: nn.Module, optimizer: CombinedOptimizer, *, env: Env | None = None
+    path: str | Path, model: nn.Module, optimizer: Optimizer, *, env: Env | None = None
 ) -> int:
     """Reads a checkpoint into a model and its optimizer, in place.
 
@@ -144,7 +142,8 @@ def load_checkpoint(
     _restore_dense_state(optimizer, dense_state)
     for group, saved in settings:
         group.update(saved)
-    optimizer.zero_grad()  # hands the learning rates on to the fused kernels
+    optimizer.zero_grad()
+    optimizer.rows.post_load_state_dict()
     return int(header["step"])
 
 
@@ -165,24 +164,23 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     return max(complete, key=lambda path: int(_read_header(path)["step"]), default=None)
 
 
-def _model_and_fused_state(model: nn.Module, optimizer: CombinedOptimizer) -> dict[str, Any]:
+def _model_and_fused_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """The tables, their optimizer rows and the dense parameters, by flat names.
 
     Nested state of the fused optimizers fails where a rank owns no part of a table.
     """
     state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    for parameter, entries in _keyed_optimizer(optimizer, FUSED).state_dict()["state"].items():
+    for parameter, entries in optimizer.rows.state_dict()["state"].items():
         for name, tensor in entries.items():
             state[f"{_OPTIMIZER}/{FUSED}/{parameter}/{name}"] = tensor
     return state
 
 
-def _dense_state(optimizer: CombinedOptimizer) -> dict[str, Any]:
-    dense = _keyed_optimizer(optimizer, DENSE)
+def _dense_state(optimizer: Optimizer) -> dict[str, Any]:
     return {
         f"{_OPTIMIZER}/{DENSE}/{parameter}/{name}": torch.as_tensor(value)
-        for parameter, tensor in dense.params.items()
-        for name, value in dense.state.get(tensor, {}).items()
+        for parameter, tensor in optimizer.dense_parameters.items()
+        for name, value in optimizer.state.get(tensor, {}).items()
     }
 
 
@@ -195,12 +193,11 @@ def _empty_dense_state(stored: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _restore_dense_state(
-    optimizer: CombinedOptimizer, dense_state: Mapping[str, torch.Tensor]
-) -> None:
-    dense = _keyed_optimizer(optimizer, DENSE)
+def _restore_dense_state(optimizer: Optimizer, dense_state: Mapping[str, torch.Tensor]) -> None:
+    dense = optimizer.dense
     for key, tensor in dense_state.items():
         parameter, name = key.removeprefix(f"{_OPTIMIZER}/{DENSE}/").rsplit("/", 1)
+        assert dense is not None  # the checkpoint's settings are its
         weight = dense.params[parameter]
         # torch keeps the step count on the CPU, and moments beside their parameter
         dense.state.setdefault(weight, {})[name] = (
@@ -208,56 +205,34 @@ def _restore_dense_state(
         )
 
 
-def _keyed_optimizer(optimizer: CombinedOptimizer, key: str) -> KeyedOptimizer:
-    """The fused or the dense part; an empty one where a model has no dense parameters."""
-    return dict(optimizer.optimizers).get(key) or CombinedOptimizer([])
+def _parameter_groups(optimizer: Optimizer) -> list[tuple[list[str], dict[str, Any]]]:
+    """The parameter groups, the same on every rank, each with the names of its parameters."""
+    groups: list[tuple[list[str], dict[str, Any]]] = [
+        ([f"{FUSED}.{key}"], group) for key, group in optimizer.rows.named_groups
+    ]
+    name_of = {id(tensor): f"{DENSE}.{name}" for name, tensor in optimizer.dense_parameters.items()}
+    dense = optimizer.param_groups[len(groups) :]
+    return groups + [
+        ([name_of[id(tensor)] for tensor in group["params"]], group) for group in dense
+    ]
 
 
-def _parameter_groups(
-    optimizer: CombinedOptimizer, prefix: str = ""
-) -> list[tuple[list[str], dict[str, Any]]]:
-    """The parameter groups that a rank has, each with the names of its parameters.
-
-    TorchRec groups the tables of a kernel, so that which are together depends on rank and layout.
-    """
-    groups: list[tuple[list[str], dict[str, Any]]] = []
-    for key, part in optimizer.optimizers:
-        if isinstance(part, CombinedOptimizer):
-            groups += _parameter_groups(part, f"{prefix}{key}.")
-            continue
-        name_of = {  # TorchRec's keys of a part may be empty
-            id(tensor): ".".join(filter(None, f"{prefix}{key}.{name}".split(".")))
-            for name, tensor in part.params.items()
-        }
-        for group in part.param_groups:
-            groups.append(([name_of[id(tensor)] for tensor in group["params"]], group))
-    return groups
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Learning rate and the like of a parameter, as JSON gives them back."""
+    return {key: _as_json(value) for key, value in group.items() if key != "params"}
 
 
-def _settings(name: str, group: dict[str, Any]) -> dict[str, Any]:
-    """Learning rate and the like of a parameter, as JSON can hold them.
-
-    Of tables as the shortest decimal of a float32: the fused kernels hold .05 as .0500000007, and a
-    replicated table holds .05, and a checkpoint is to open in either layout.
-    """
-    values = {
-        key: value.item() if isinstance(value, torch.Tensor) else value
-        for key, value in group.items()
-        if key != "params"
-    }
-    if not name.startswith(f"{FUSED}."):
-        return values
-    return {
-        key: float(str(np.float32(value))) if isinstance(value, float) else value
-        for key, value in values.items()
-    }
+def _as_json(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.item()
+    return list(value) if isinstance(value, tuple) else value
 
 
-def _settings_of_all_ranks(optimizer: CombinedOptimizer, env: Env) -> dict[str, dict[str, Any]]:
+def _settings_of_all_ranks(optimizer: Optimizer, env: Env) -> dict[str, dict[str, Any]]:
     """The settings of every parameter that any rank has."""
     with all_or_none(env, "reading the optimizer's settings"):
         mine = {
-            name: _settings(name, group)
+            name: _settings(group)
             for names, group in _parameter_groups(optimizer)
             for name in names
         }
@@ -267,7 +242,7 @@ def _settings_of_all_ranks(optimizer: CombinedOptimizer, env: Env) -> dict[str, 
 
 
 def _settings_to_restore(
-    path: Path, optimizer: CombinedOptimizer, saved: Mapping[str, dict[str, Any]]
+    path: Path, optimizer: Optimizer, saved: Mapping[str, dict[str, Any]]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """For every parameter group of this rank, the settings that its parameters were saved with.
 
@@ -279,6 +254,12 @@ def _settings_to_restore(
         for name in names:
             if name not in saved:
                 raise ValueError(f"checkpoint {path} has no optimizer settings of {name!r}")
+            kinds = [one.get("optimizer") for one in (saved[name], group)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(
+                    f"checkpoint {path}: {name!r} was trained by {kinds[0]}, the model's table has "
+                    f"{kinds[1]}; load it into the optimizer it was saved from"
+                )
             differ = (set(saved[name]) ^ set(group)) - {"params"} - _SCHEDULED
             if differ:
                 raise ValueError(

@@ -15,11 +15,7 @@ class _Layout:
     splits_columns: ClassVar[bool] = False
 
     def __str__(self) -> str:
-        given = [
-            f"{name}={value!r}"
-            for name, value in vars(self).items()
-            if value is not None and value is not False
-        ]
+        given = [f"{name}={value!r}" for name, value in vars(self).items() if value is not None]
         return f"{self.torchrec_name}({', '.join(given)})" if given else self.torchrec_name
 
 
@@ -53,12 +49,9 @@ class ColumnWise(_Layout):
 
     Attributes:
         ranks: Those ranks, each once, in the order of the slices; by default the planner picks.
-        accumulator_per_slice: Whether row-wise Adagrad may keep one accumulator for each row of
-            each slice, which is another algorithm than one for each row.
     """
 
     ranks: tuple[int, ...] | None = None
-    accumulator_per_slice: bool = False
     torchrec_name: ClassVar[str] = "column_wise"
     splits_columns: ClassVar[bool] = True
 
@@ -89,11 +82,9 @@ class TableColumnWise(_Layout):
 
     Attributes:
         ranks: Those ranks, all of one node; by default the planner picks.
-        accumulator_per_slice: As for `ColumnWise`.
     """
 
     ranks: tuple[int, ...] | None = None
-    accumulator_per_slice: bool = False
     torchrec_name: ClassVar[str] = "table_column_wise"
     splits_columns: ClassVar[bool] = True
 
@@ -107,11 +98,9 @@ class GridShard(_Layout):
 
     Attributes:
         nodes: Those nodes, each once, in the order of the slices; by default the planner picks.
-        accumulator_per_slice: As for `ColumnWise`.
     """
 
     nodes: tuple[int, ...] | None = None
-    accumulator_per_slice: bool = False
     torchrec_name: ClassVar[str] = "grid_shard"
     splits_rows: ClassVar[bool] = True
     splits_columns: ClassVar[bool] = True
@@ -174,16 +163,12 @@ def table_wise(rank: int | None = None) -> TableWise:
     return TableWise(rank=rank)
 
 
-def column_wise(
-    ranks: Iterable[int] | None = None, *, accumulator_per_slice: bool = False
-) -> ColumnWise:
+def column_wise(ranks: Iterable[int] | None = None) -> ColumnWise:
     """Deals the columns of a table out to ranks: for wide tables.
 
     Args:
         ranks: The ranks, one for each slice; by default the planner picks them. The slices are
             equal, and their width is a multiple of 4.
-        accumulator_per_slice: Allows row-wise Adagrad, which then keeps an accumulator for each
-            row of each slice: another algorithm, whose result depends on the number of slices.
 
     Returns:
         The layout.
@@ -195,7 +180,7 @@ def column_wise(
         >>> str(column_wise(ranks=[0, 1]))
         'column_wise(ranks=(0, 1))'
     """
-    return ColumnWise(ranks=_tuple(ranks), accumulator_per_slice=accumulator_per_slice)
+    return ColumnWise(ranks=_tuple(ranks))
 
 
 def table_row_wise(node: int | None = None) -> TableRowWise:
@@ -217,14 +202,11 @@ def table_row_wise(node: int | None = None) -> TableRowWise:
     return TableRowWise(node=node)
 
 
-def table_column_wise(
-    ranks: Iterable[int] | None = None, *, accumulator_per_slice: bool = False
-) -> TableColumnWise:
+def table_column_wise(ranks: Iterable[int] | None = None) -> TableColumnWise:
     """Deals the columns of a table out to ranks of one node.
 
     Args:
         ranks: The ranks, all of one node; by default the planner picks them.
-        accumulator_per_slice: As for `column_wise`.
 
     Returns:
         The layout.
@@ -236,17 +218,14 @@ def table_column_wise(
         >>> str(table_column_wise(ranks=[2, 3]))
         'table_column_wise(ranks=(2, 3))'
     """
-    return TableColumnWise(ranks=_tuple(ranks), accumulator_per_slice=accumulator_per_slice)
+    return TableColumnWise(ranks=_tuple(ranks))
 
 
-def grid_shard(
-    nodes: Iterable[int] | None = None, *, accumulator_per_slice: bool = False
-) -> GridShard:
+def grid_shard(nodes: Iterable[int] | None = None) -> GridShard:
     """Deals the columns of a table out to nodes, and the rows of each slice to its node's ranks.
 
     Args:
         nodes: The nodes, one for each slice; by default the planner picks them.
-        accumulator_per_slice: As for `column_wise`.
 
     Returns:
         The layout.
@@ -258,7 +237,7 @@ def grid_shard(
         >>> str(grid_shard(nodes=[0, 1]))
         'grid_shard(nodes=(0, 1))'
     """
-    return GridShard(nodes=_tuple(nodes), accumulator_per_slice=accumulator_per_slice)
+    return GridShard(nodes=_tuple(nodes))
 
 
 def data_parallel() -> DataParallel:

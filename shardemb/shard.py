@@ -19,16 +19,18 @@ from shardemb.errors import RunError
 from shardemb.layouts import DataParallel
 from shardemb.modules.discovery import Collection, Table, find_collections, tables_of
 from shardemb.optim import SGD, SparseOptimizer
-from shardemb.optim.replicated import mark_replicated
 from shardemb.outputs import FinishPooled, FinishSequences, outputs_of
-from shardemb.placement import ShardingPlan
-from shardemb.planning.sharders import make_sharders
+from shardemb.placement import ShardingPlan, TablePlacement
 from shardemb.planning.torchrec_plan import torchrec_plan
 from shardemb.plans.file import plan_to_file_text
 from shardemb.plans.fit import check_fits
 from shardemb.replicated_sequences import keep_replicated_sequences_apart
 from shardemb.rows import Origin, left_unfilled, origin_of, set_rows
 from shardemb.uneven_batches import allow_uneven_batches
+from shardemb.updates.install import PooledSharder, SequenceSharder, Trained, is_fused
+from shardemb.updates.replicated import watch_lookups
+from shardemb.updates.slices import groups_of_slices
+from shardemb.updates.trained import TrainedTable, note_tables
 
 
 def shard_modules(
@@ -67,12 +69,8 @@ def shard_modules(
     """
     collections, origins = _checked(model, plan, env)
     layout_of = {table.table: table.layout for table in plan.tables}
-    _attach_fused_optimizers(collections)
-    replicated = {
-        name: _trained_by(table)
-        for name, table in tables_of(collections).items()
-        if layout_of[name] == DataParallel.torchrec_name
-    }
+    trained = _trained(collections, plan)
+    _attach_fused_optimizers(collections, trained)
     with left_unfilled(collections.values()):
         sharded = DistributedModelParallel(
             module=model,
@@ -83,11 +81,30 @@ def shard_modules(
                 local_world_size=env.local_world_size,
                 device_type=env.device.type,
             ),
-            sharders=make_sharders(),
+            sharders=[PooledSharder(trained), SequenceSharder(trained)],
         )
+    tables: dict[str, TrainedTable] = {}
     for path, collection in collections.items():
         module = sharded.module.get_submodule(path)
-        _fill(module, collection, origins, replicated, env)
+        keys = _fill(module, collection, origins, env)
+        of_collection = {
+            name: TrainedTable(
+                name=name,
+                key=".".join(filter(None, (path, keys[name]))),
+                training=trained[name].training,
+            )
+            for name in collection.tables
+            if name in trained
+        }
+        tables |= of_collection
+        watch_lookups(
+            module,
+            {
+                name: (module.get_parameter(keys[name]), table.training)
+                for name, table in of_collection.items()
+                if layout_of[name] == DataParallel.torchrec_name
+            },
+        )
         limits = limits_of(table.config for table in collection.tables.values())
         guard = GuardedForward(
             limits,
@@ -105,6 +122,7 @@ def shard_modules(
             if env.device.type == "cpu":
                 keep_replicated_sequences_apart(module)
             module.register_forward_hook(FinishSequences(outputs))
+    note_tables(sharded, tables)
     return sharded
 
 
@@ -112,17 +130,15 @@ def _fill(
     module: ShardedEmbeddingModule,
     collection: Collection,
     origins: Mapping[str, Origin],
-    replicated: Mapping[str, tuple[type[SparseOptimizer], dict[str, Any]]],
     env: Env,
-) -> None:
-    """Gives a sharded collection its rows, and its replicated tables what trains them."""
+) -> dict[str, str]:
+    """Gives a sharded collection its rows; returns the names of the tables' weights in it."""
     state = module.state_dict()
     within = "embedding_bags" if collection.is_pooled else "embeddings"
-    for name in collection.tables:
-        weight = f"{within}.{name}.weight"
-        set_rows(state[weight], origins[name], env)
-        if name in replicated:
-            mark_replicated(module.get_parameter(weight), *replicated[name])
+    keys = {name: f"{within}.{name}.weight" for name in collection.tables}
+    for name, key in keys.items():
+        set_rows(state[key], origins[name], env)
+    return keys
 
 
 def _checked(
@@ -138,6 +154,7 @@ def _checked(
         collections = find_collections(model)
         check_fits(plan, collections, env, "the plan")
         tables = tables_of(collections)
+        _check_dtypes(tables, env)
         origins = {name: origin_of(table) for name, table in tables.items()}
         said = [plan_to_file_text(plan), repr(origins), *map(_declared, tables.values())]
     digests = [""] * env.world_size
@@ -151,27 +168,69 @@ def _checked(
     return collections, origins
 
 
+def _check_dtypes(tables: Mapping[str, Table], env: Env) -> None:
+    """Refuses rows of a dtype that FBGEMM cannot look up on this device.
+
+    Raises:
+        ValueError: There are such.
+    """
+    for table in tables.values():
+        if table.dtype == "bfloat16" and env.device.type == "cpu":
+            raise ValueError(
+                f"table {table.name!r}: bfloat16 rows cannot be looked up on cpu, FBGEMM has no "
+                "kernel for it; use dtype='float16' or 'float32', or run on cuda"
+            )
+
+
 def _declared(table: Table) -> str:
     """What ranks must agree on of a table, beside what the plan says."""
     return repr((table.name, table.padding_idx, table.training if table.trainable else None))
 
 
-def _attach_fused_optimizers(collections: dict[str, Collection]) -> None:
+def _trained(collections: dict[str, Collection], plan: ShardingPlan) -> dict[str, Trained]:
+    """The tables that are to be updated, and by whom. On all ranks together."""
+    tables = tables_of(collections)
+    slices = {
+        placement.table: _ranks_of_slices(placement)
+        for placement in plan.tables
+        if tables[placement.table].trainable
+    }
+    groups = groups_of_slices(ranks for of in slices.values() for ranks in of.values())
+    return {
+        name: Trained(
+            training=tables[name].training,
+            fused=is_fused(tables[name].training, dtype=tables[name].dtype, slices=bool(of)),
+            slices={first_row: groups[ranks] for first_row, ranks in of.items()},
+        )
+        for name, of in slices.items()
+    }
+
+
+def _ranks_of_slices(placement: TablePlacement) -> dict[int, tuple[int, ...]]:
+    """Where columns are split: by the first row of a block, the ranks that hold its slices."""
+    if len({shard.first_column for shard in placement.shards}) < 2:
+        return {}
+    ranks: dict[int, tuple[int, ...]] = {}
+    for shard in placement.shards:
+        ranks[shard.first_row] = (*ranks.get(shard.first_row, ()), shard.rank)
+    return ranks
+
+
+def _attach_fused_optimizers(
+    collections: dict[str, Collection], trained: Mapping[str, Trained]
+) -> None:
     """Attaches what TorchRec picks a fused kernel by; it plans the dense one where there is none.
 
-    To frozen tables too: one without state, and `outputs.py` lets no gradient through.
+    Where FBGEMM does not update the rows, one without state that does nothing.
     """
     for table in tables_of(collections).values():
-        kind, given = _trained_by(table)
+        kind: type[SparseOptimizer] = SGD
+        given: dict[str, Any] = {"lr": 0.0}
+        if table.name in trained and trained[table.name].fused:
+            optimizer = table.training.optimizer
+            kind = type(optimizer)
+            given = {key: value for key, value in vars(optimizer).items() if value}
         table.weight._optimizer_classes = [  # type: ignore[attr-defined]
             getattr(torchrec.optim, kind.torchrec_class)
         ]
         table.weight._optimizer_kwargs = [given]  # type: ignore[attr-defined]
-
-
-def _trained_by(table: Table) -> tuple[type[SparseOptimizer], dict[str, Any]]:
-    """Class and settings of the optimizer of a table, for a frozen one of one that does nothing."""
-    if not table.trainable:
-        return SGD, {"lr": 0.0}
-    given = vars(table.training.optimizer).items()
-    return table.optimizer, {name: value for name, value in given if value}  # the others do nothing

@@ -35,10 +35,12 @@ _IN_NODES = {TableRowWise.torchrec_name, GridShard.torchrec_name}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Traffic:
-    """What each table costs each rank in a step: forward, backward and update.
+    """What each table costs each rank in the forward and backward pass of a step.
 
     Sent is what leaves a rank, counted as in `shardemb.CollectiveCounter`, which counts the same
-    in a step that runs.
+    in passes that run. The optimizer's step sends less, which is not in it: some numbers; a byte
+    for each row of a data-parallel table; where columns are split, 4 bytes for each sum over a
+    whole row that an optimizer needs.
 
     Attributes:
         tables: Names of the tables, as in the plan.

@@ -3,7 +3,7 @@
 # R rows, D width
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +16,7 @@ from torchrec import KeyedJaggedTensor
 import shardemb as se
 from shardemb.env import Env
 from shardemb.layouts import Layout
-from shardemb.optim import SGD
 from tests.reference import Reference
-
-NUM_STEPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +29,8 @@ class Case:
         num_samples: Of each rank in a step.
         sequence: Whether they are looked up as sequences.
         weighted: Whether bags are weighted.
-        num_slices: As for `Reference`.
         tolerance: Absolute and relative, of rows and outputs.
+        num_steps: How many steps to take.
         linear: Whether the loss is linear in the rows, so that rounding errors do not grow.
     """
 
@@ -42,7 +39,7 @@ class Case:
     num_samples: Sequence[int]
     sequence: bool = False
     weighted: bool = False
-    num_slices: dict[str, int] = field(default_factory=dict)
+    num_steps: int = 3
     tolerance: float = 2e-5
     linear: bool = False
 
@@ -121,12 +118,12 @@ def batch_of(case: Case, step: int, rank: int) -> KeyedJaggedTensor:
 
 
 def check(env: Env, case: Case) -> None:
-    """Compares forward, loss, rows and optimizer rows after `NUM_STEPS` steps."""
+    """Compares forward, loss, rows and optimizer rows after all steps."""
     plain = case.collection("cpu")
     before = {
         name.split(".")[1]: weight.detach().clone() for name, weight in plain.named_parameters()
     }
-    reference = Reference(case.tables, before, case.num_slices)
+    reference = Reference(case.tables, before)
     model = Loss(case, case.collection("meta"))
     plan = se.plan_sharding(model, env, case.where)
     assert {t.table: t.layout for t in plan.tables} == {
@@ -134,7 +131,7 @@ def check(env: Env, case: Case) -> None:
     }
     sharded = se.shard_modules(model, plan, env)
     optimizer = se.build_optimizer(sharded)
-    for step in range(NUM_STEPS):
+    for step in range(case.num_steps):
         optimizer.zero_grad()
         loss, values = sharded(batch_of(case, step, env.rank).to(env.device))
         losses = []
@@ -175,13 +172,11 @@ def check_rows(
         touched_R = (expected != before[table.name].double()).any(1)
         assert 0 < touched_R.sum() < table.num_embeddings
         assert torch.equal(weight[~touched_R], before[table.name][~touched_R])
-        if isinstance(table.optimizer, SGD):
-            continue
-        momentum = optimizer_rows(optimizer_state, key, table, case)
-        expected = reference.state[table.name]["momentum1"]
-        case.assert_close(momentum, expected, f"optimizer rows of {table.name}")
-        assert momentum[touched_R].min() > 0
-        assert torch.equal(momentum[~touched_R], torch.zeros_like(momentum[~touched_R]))
+        for name, expected in reference.state[table.name].items():
+            rows_RD = optimizer_rows(optimizer_state, key, table, name)
+            case.assert_close(rows_RD, expected, f"{name} of {table.name}")
+            assert (rows_RD[touched_R] != 0).any(1).all()
+            assert torch.equal(rows_RD[~touched_R], torch.zeros_like(rows_RD[~touched_R]))
 
 
 def whole_table(weight: torch.Tensor | ShardedTensor, like: torch.Tensor) -> torch.Tensor:
@@ -197,34 +192,28 @@ def whole_table(weight: torch.Tensor | ShardedTensor, like: torch.Tensor) -> tor
 
 
 def optimizer_rows(
-    state: Mapping[str, Mapping[str, torch.Tensor]], key: str, table: se.TableConfig, case: Case
+    state: Mapping[str, Mapping[str, Any]], key: str, table: se.TableConfig, name: str
 ) -> torch.Tensor:
-    """Optimizer rows at full width, on every rank; a row-wise state fills its slice."""
-    rows_RD = torch.full((table.num_embeddings, table.embedding_dim), float("nan"))
+    """A state of a table's optimizer at full width, on every rank; a row-wise one fills its row."""
+    row_wise = table.optimizer.state[name] == "row"
+    shape = (table.num_embeddings, *(() if row_wise else (table.embedding_dim,)))
+    found = [entry for parameter, entry in state.items() if parameter.endswith(key)]
+    value = found[0][f"{table.name}.{name}"] if found else None
     pieces: list[tuple[list[int], torch.Tensor]] = []
-    for name, entry in state.items():
-        if not name.endswith(key):
-            continue
-        whole = [value for value in entry.values() if not isinstance(value, ShardedTensor)]
-        if whole:
-            momentum = whole[0]
-            return momentum.view(len(momentum), -1).expand_as(rows_RD).to("cpu", copy=True)
-        pieces += [
+    if isinstance(value, ShardedTensor):
+        assert tuple(value.metadata().size) == shape
+        pieces = [
             (list(shard.metadata.shard_offsets), shard.tensor.to("cpu", copy=True))
-            for value in entry.values()
-            if isinstance(value, ShardedTensor)
             for shard in value.local_shards()
         ]
+    elif value is not None:
+        pieces = [([0] * len(shape), value.to("cpu", copy=True))]
     of_ranks: list[list[tuple[list[int], torch.Tensor]]] = [[]] * dist.get_world_size()
     dist.all_gather_object(of_ranks, pieces)
-    width = table.embedding_dim // case.num_slices.get(table.name, 1)
+    whole = torch.full(shape, float("nan"))
     for offsets, piece in (found for of_rank in of_ranks for found in of_rank):
-        if piece.dim() == 1:  # of rows, slice after slice
-            which, first = divmod(offsets[0], table.num_embeddings)
-            rows_RD[first : first + len(piece), which * width : (which + 1) * width] = (
-                piece.unsqueeze(1)
-            )
-        else:
-            row, column = offsets
-            rows_RD[row : row + piece.shape[0], column : column + piece.shape[1]] = piece
-    return rows_RD
+        block = tuple(
+            slice(first, first + size) for first, size in zip(offsets, piece.shape, strict=True)
+        )
+        whole[block] = piece
+    return whole.view(table.num_embeddings, -1).expand(-1, table.embedding_dim)

@@ -30,7 +30,7 @@ LAYOUTS: dict[str, Layout] = {
     "word": layouts.grid_shard(nodes=[1, 0]),
     "city": layouts.table_wise(rank=3),
     "day": layouts.data_parallel(),
-    "tag": layouts.table_column_wise(ranks=[3, 2], accumulator_per_slice=True),
+    "tag": layouts.table_column_wise(ranks=[3, 2]),
 }
 """Every layout, by the table of `tables` that has it."""
 

@@ -22,18 +22,10 @@ class Reference:
         state: Their state tensors by name, [R, D] each; one value for each row fills its row.
         touched: The rows [R] that were looked up since the last step.
         num_updates: Steps so far.
-        num_slices: For tables whose row-wise Adagrad keeps an accumulator for each slice of the
-            columns, the number of slices.
     """
 
-    def __init__(
-        self,
-        tables: Sequence[TableConfig],
-        weights: dict[str, Tensor],
-        num_slices: dict[str, int] | None = None,
-    ) -> None:
+    def __init__(self, tables: Sequence[TableConfig], weights: dict[str, Tensor]) -> None:
         self.tables = tables
-        self.num_slices = num_slices or {}
         self.weights = {
             name: weight.double().clone().requires_grad_() for name, weight in weights.items()
         }
@@ -127,7 +119,6 @@ class Reference:
             weight.grad,
             state,
             num_updates=self.num_updates,
-            num_slices=self.num_slices.get(table.name, 1),
         )
         if table.dtype != "float32":
             new_weight = new_weight.to(getattr(torch, table.dtype)).double()
@@ -143,7 +134,6 @@ def dense_step(
     state: dict[str, Tensor],
     *,
     num_updates: int,
-    num_slices: int = 1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """New rows and state of a whole table, as if all rows were touched.
 
@@ -153,7 +143,6 @@ def dense_step(
         grad: Their gradients [R, D].
         state: By name, [R, D] each.
         num_updates: Number of steps, with this one.
-        num_slices: As for `Reference`.
 
     Returns:
         The new rows, and the new state.
@@ -181,8 +170,7 @@ def dense_step(
     if isinstance(
         optimizer, (optim.RowWiseAdagrad, optim.PartialRowWiseAdam, optim.PartialRowWiseLAMB)
     ):
-        slices_RSD = square.unflatten(1, (num_slices, -1))
-        square = slices_RSD.mean(2, keepdim=True).expand_as(slices_RSD).flatten(1)
+        square = square.mean(1, keepdim=True).expand_as(square)
     if isinstance(optimizer, (optim.Adagrad, optim.RowWiseAdagrad)):
         total = state["momentum1"] + square
         step = optimizer.lr * grad / (total.sqrt() + optimizer.eps)

@@ -43,7 +43,8 @@ def all_rows(
         key = f"collection.embedding_bags.{table.name}.weight"
         like = torch.zeros(table.num_embeddings, table.embedding_dim)
         rows[table.name] = whole_table(state[key], like)
-        rows[f"optimizer rows of {table.name}"] = optimizer_rows(optimizer_state, key, table, case)
+        for name in table.optimizer.state:
+            rows[f"{name} of {table.name}"] = optimizer_rows(optimizer_state, key, table, name)
     return rows
 
 
@@ -67,24 +68,13 @@ def check_all_pairs(env: Env, optimizer: SparseOptimizer, kinds: list[Layout], p
 @pytest.mark.slow
 @spmd(world_size=4, num_nodes=2)
 def test_every_layout_opens_in_every_other_bit_for_bit(env: Env, tmp_path: Path) -> None:
-    check_all_pairs(env, optim.Adagrad(lr=0.1), every_layout(env), tmp_path / "adagrad")
-    whole_rows = [layout for layout in every_layout(env) if not layout.splits_columns]
-    check_all_pairs(env, optim.RowWiseAdagrad(lr=0.1), whole_rows, tmp_path / "row_wise_adagrad")
-
-
-@spmd(world_size=2)
-def test_accumulators_of_slices_do_not_open_as_accumulators_of_rows(
-    env: Env, tmp_path: Path
-) -> None:
-    tables = make_tables(optim.RowWiseAdagrad(lr=0.1))
-    slices = layouts.column_wise(ranks=[0, 1], accumulator_per_slice=True)
-    case = Case(tables=tables, where=dict.fromkeys(NAMES, slices), num_samples=[4, 4])
-    model, combined, _ = trained(env, case, 1)
-    path = se.save_checkpoint(tmp_path / "slices", model, combined, step=1, env=env)
-    rows = Case(tables=tables, where=dict.fromkeys(NAMES, layouts.row_wise()), num_samples=[4, 4])
-    model, combined, _ = trained(env, rows, 1)
-    with pytest.raises((ValueError, RuntimeError), match="momentum1' of shape"):
-        se.load_checkpoint(path, model, combined, env=env)
+    for optimizer in (
+        optim.Adagrad(lr=0.1),
+        optim.RowWiseAdagrad(lr=0.1),
+        optim.PartialRowWiseAdam(lr=0.1),
+    ):
+        kind = type(optimizer).__name__
+        check_all_pairs(env, optimizer, every_layout(env), tmp_path / kind)
 
 
 @spmd(world_size=1)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import shardemb as se
-from shardemb import layouts, optim
+from shardemb import layouts
 from shardemb.data.profile import DataProfile
 from shardemb.errors import RunError
 from shardemb.layouts import Layout
@@ -183,10 +183,6 @@ def test_headroom_stays_free() -> None:
             {"layouts": {"a": [layouts.table_wise(rank=1)]}},
             r"layout table_wise\(rank=1\), and constraints .*; name it in layouts instead",
         ),
-        (
-            {"layouts": {"a": [layouts.column_wise(accumulator_per_slice=True)]}},
-            r"layout column_wise\(accumulator_per_slice=True\), and .*; name it in layouts instead",
-        ),
         ({"replicate": [None]}, "replicate must name tables, got None"),
         ({"ranks": {"a": [-1]}}, "ranks of table 'a' must be numbers from 0, got -1"),
         ({"ranks": {"a": 1}}, r"ranks of table 'a' must be a list, got 1; use \[1\]"),
@@ -254,9 +250,9 @@ def test_fields_that_say_nothing_sensible_are_refused(fields: dict[str, Any], te
             "table 'fp16' must be replicated, and data_parallel is not supported for float16",
         ),
         (
-            {"layouts": {"adagrad": ["column_wise"]}},
+            {"layouts": {"fp16": ["data_parallel"]}},
             {},
-            "table 'adagrad' is left without a layout: .* under column_wise row-wise Adagrad keeps",
+            "table 'fp16' is left without a layout: .* data_parallel is not supported for float16",
         ),
         (
             {"colocate": [["a", "b"]]},
@@ -292,7 +288,6 @@ def test_contradictions_are_refused_by_name(
         sgd_table("a"),
         sgd_table("b"),
         sgd_table("fp16", dtype="float16"),
-        sgd_table("adagrad", optimizer=optim.RowWiseAdagrad(lr=0.1)),
         sgd_table("narrow", embedding_dim=8),
     ]
     model = se.EmbeddingBagCollection(tables)

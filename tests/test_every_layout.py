@@ -64,27 +64,17 @@ def every_layout(env: Env) -> list[Layout]:
     ]
 
 
-def num_slices(layout: Layout) -> int:
-    return len(getattr(layout, "ranks", None) or getattr(layout, "nodes", None) or (0,))
-
-
 def cases(env: Env, layout: Layout, *, sequence: bool) -> Iterator[Case]:
     """All that one layout must compute rightly."""
 
     def case(tables: list[se.TableConfig], **fields: Any) -> Case:
         tables = as_sequences(tables) if sequence else tables
-        where = {table.name: fields.get("layout", layout) for table in tables}
+        where = {table.name: layout for table in tables}
         fields = {"num_samples": [4] * env.world_size} | fields
-        fields.pop("layout", None)
         return Case(tables=tables, where=where, sequence=sequence, **fields)
 
     for optimizer in OPTIMIZERS:
-        if isinstance(optimizer, optim.RowWiseAdagrad) and layout.splits_columns:
-            asked = replace(layout, accumulator_per_slice=True)  # type: ignore[arg-type]
-            slices = dict.fromkeys(NAMES, num_slices(layout))
-            yield case(make_tables(optimizer), layout=asked, num_slices=slices)
-        else:
-            yield case(make_tables(optimizer))
+        yield case(make_tables(optimizer))
     adagrad = optim.Adagrad(lr=0.1)
     yield case(make_tables(adagrad), num_samples=[1 + 3 * r for r in range(env.world_size)])
     frozen = make_tables(adagrad, trainable=False)[0]
@@ -93,9 +83,11 @@ def cases(env: Env, layout: Layout, *, sequence: bool) -> Iterator[Case]:
         summed = [table for table in make_tables(adagrad) if table.pooling == "sum"]
         yield case(summed, weighted=True)
     if layout != layouts.data_parallel():
-        halves = make_tables(optim.SGD(lr=0.005), dtype="float16")
+        halves = make_tables(optim.SGD(lr=0.005), dtype="float16", rounding="nearest")
         yield case(halves, tolerance=1e-3, linear=True)  # an ulp of float16
-        yield case(make_tables(adagrad, dtype="float16"), tolerance=1e-3, linear=True)
+        yield case(
+            make_tables(adagrad, dtype="float16", rounding="nearest"), tolerance=1e-3, linear=True
+        )
 
 
 @spmd(world_size=2)
@@ -133,7 +125,6 @@ def test_every_sequence_layout_equals_unsharded_float64_on_two_nodes(env: Env) -
 
 @spmd(world_size=4, num_nodes=2)
 def test_all_layouts_in_one_collection_equal_unsharded_float64(env: Env) -> None:
-    adagrad = optim.Adagrad(lr=0.1)
     where = {layout.torchrec_name: layout for layout in every_layout(env)}
     tables = [
         se.TableConfig(
@@ -142,14 +133,14 @@ def test_all_layouts_in_one_collection_equal_unsharded_float64(env: Env) -> None
             embedding_dim=16 * (1 + position % 2),
             feature_names=(name, "shared"),
             pooling="mean" if position % 3 else "sum",
-            optimizer=adagrad if where[name].splits_columns else OPTIMIZERS[position % 3],
+            optimizer=OPTIMIZERS[position % 3],
             init=init.Uniform(low=-0.2, high=0.2),
         )
         for position, name in enumerate(where)
     ]
     check(env, Case(tables=tables, where=where, num_samples=[3, 1, 4, 2]))
     four = [where[name] for name in ("row_wise", "table_wise", "column_wise", "data_parallel")]
-    sequences = as_sequences(make_tables(adagrad))
+    sequences = as_sequences(make_tables(optim.Adagrad(lr=0.1)))
     for first in range(4):
         turned = four[first:] + four[:first]
         mixed = dict(zip(NAMES, turned, strict=False))
@@ -247,11 +238,11 @@ def test_a_frozen_collection_stays_bit_for_bit_under_every_layout(env: Env) -> N
 def test_what_a_layout_cannot_compute_is_refused_with_what_can() -> None:
     pooled = se.EmbeddingBagCollection(make_tables(optim.RowWiseAdagrad(lr=0.1)))
     sequences = se.EmbeddingCollection(as_sequences(make_tables(optim.Adagrad(lr=0.1))))
-    halves = se.EmbeddingBagCollection(make_tables(optim.SGD(lr=0.1), dtype="float16"))
+    halves = se.EmbeddingBagCollection(
+        make_tables(optim.SGD(lr=0.1), dtype="float16", rounding="nearest")
+    )
     env = Env(world_size=4, num_nodes=2)
     refused: list[tuple[nn.Module, str, Layout, str]] = [
-        (pooled, "user", layouts.column_wise(ranks=[0, 1]), "row-wise Adagrad keeps an accum"),
-        (pooled, "user", layouts.grid_shard(), "ask for it: grid_shard"),
         (pooled, "user", layouts.table_column_wise(ranks=[1, 2]), "names ranks of nodes"),
         (pooled, "user", layouts.column_wise(ranks=[4]), "use ranks in 0..3"),
         (pooled, "user", layouts.table_row_wise(node=2), "planned for 2 nodes; use nodes in 0..1"),

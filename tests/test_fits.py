@@ -54,7 +54,7 @@ def refusal(
 
 
 def test_another_layout_or_rank_is_offered_where_it_would_fit() -> None:
-    rows = {"big": 5_000_000, "small": 1000}  # 1.2 GiB of weights and 19 MiB of accumulators
+    rows = {"big": 5_000_000, "small": 1000}  # 1.2 GiB of weights and 19 MiB of state
     model = model_of(rows)
     first, changes = refusal(model, named={"big": layouts.table_wise(rank=1)})
     assert first == (
@@ -63,9 +63,11 @@ def test_another_layout_or_rank_is_offered_where_it_would_fit() -> None:
     )
     assert changes[0] == "layouts.row_wise() for table 'big'"
     se.plan_sharding(model, CLUSTER, {"big": layouts.row_wise()})
-    assert changes[1] == "dtype='float16' for table 'big'"
+    assert changes[1] == "layouts.column_wise() for table 'big'"
+    se.plan_sharding(model, CLUSTER, {"big": layouts.column_wise()})
+    assert changes[2] == "dtype='float16' for table 'big'"
     se.plan_sharding(model_of(rows, "float16"), CLUSTER, {"big": layouts.table_wise(rank=1)})
-    assert len(changes) == 2  # no number of ranks and no headroom makes one rank larger
+    assert len(changes) == 3  # no number of ranks and no headroom makes one rank larger
 
     named: dict[str, Layout] = {name: layouts.table_wise(rank=0) for name in ("a", "b")}
     both = model_of({"a": 2_000_000, "b": 2_000_000})

@@ -176,12 +176,12 @@ def attach(model: nn.Module, optimizer: type[torch.optim.Optimizer], **options: 
     [
         (torchrec_collection, "table 'a' has no optimizer, and needs one"),
         (
-            lambda: attach(torchrec_collection(), torch.optim.SGD, lr=0.1, momentum=0.9),
-            "table 'a': optimizer SGD was given momentum, which FBGEMM's kernels would ignore",
+            lambda: attach(torchrec_collection(), torch.optim.SGD, lr=0.1, maximize=True),
+            "table 'a': optimizer SGD was given maximize, which is not honoured; give only",
         ),
         (
-            lambda: attach(torchrec_collection(), torch.optim.Adam, lr=0.1),
-            "table 'a': optimizer Adam is not supported yet; use SGD, Adagrad or RowWiseAdagrad",
+            lambda: attach(torchrec_collection(), torch.optim.RMSprop, lr=0.1),
+            "table 'a': optimizer RMSprop is not supported; use one of shardemb.optim: SGD",
         ),
         (
             lambda: attach(

@@ -120,6 +120,11 @@ HOT = vars(hot_profile())
         (WHOLE, {"rank": None}, "table 'city': table_wise lacks 'rank'"),
         (COLUMN, {"ranks": [0, 0]}, "table 'item': column_wise: .*ranks must differ"),
         (COLUMN, {"ranks": [0, 1, 2]}, "does not divide 32 columns"),
+        (
+            SLICES,
+            {"accumulator_per_slice": True},
+            "'tag' has the key 'accum.*; remove the key, the up",
+        ),
         (ROW, {"table": "item"}, "table 'item' is there twice"),
         (ROW, {"table": 3}, "tables must be objects with the key 'table', a string"),
     ],

@@ -139,7 +139,7 @@ def edited(path: Path, name: str, **fields: Any) -> None:
     values = json.loads(path.read_text())
     for line in values["tables"]:
         if line["table"] == name:
-            for key in {"rank", "ranks", "node", "nodes", "accumulator_per_slice"} & line.keys():
+            for key in {"rank", "ranks", "node", "nodes"} & line.keys():
                 del line[key]
             line |= fields
     path.write_text(json.dumps(values))
@@ -153,15 +153,6 @@ def test_layout_rules_hold_for_a_file_that_was_edited(path: Path) -> None:
     edited(path, "user", layout="data_parallel")
     (reason,) = refused(path, model())
     assert reason.startswith("table 'user': data_parallel is not supported for float16")
-
-
-def test_row_wise_adagrad_under_columns_must_be_asked_for_in_the_file(path: Path) -> None:
-    assert '"accumulator_per_slice": true' in path.read_text()
-    edited(path, "tag", layout="table_column_wise", ranks=[3, 2])
-    with pytest.raises(
-        ValueError, match=r"plan\.json: table 'tag': under table_column_wise\(.* row-"
-    ):
-        se.load_plan(path, model(), ENV)
 
 
 def test_a_rank_without_rows_is_refused_after_an_edit(tmp_path: Path) -> None:

@@ -51,16 +51,19 @@ def test_a_named_layout_is_kept_exactly_with_and_without_ranks(
     assert len(set(held)) == (1 if layout == layouts.data_parallel() else len(held))
 
 
-def test_row_wise_adagrad_keeps_rows_whole_unless_it_is_named_otherwise() -> None:
-    for optimizer, expect_split in ((SGD, True), (ROW_WISE_ADAGRAD, False)):
-        model, workload = some_tables(20, 1, optimizer)
-        plan = se.plan_sharding(model, H100_16, workload=workload)
-        split = [t for t in plan.tables if t.shards[0].num_columns < t.embedding_dim]
-        assert bool(split) == expect_split
-    named = layouts.column_wise(accumulator_per_slice=True)
-    plan = se.plan_sharding(model, H100_16, {"t3": named}, workload=workload)
+@pytest.mark.parametrize("optimizer", [SGD, ROW_WISE_ADAGRAD], ids=["sgd", "row-wise adagrad"])
+def test_columns_are_split_named_or_not_with_row_wise_state_in_every_slice(
+    optimizer: optim.SparseOptimizer,
+) -> None:
+    model, workload = some_tables(20, 1, optimizer)
+    named = {"t3": layouts.column_wise()}
+    plan = se.plan_sharding(model, H100_16, named, workload=workload)
     assert plan.tables[3].layout == "column_wise"
     assert len({shard.rank for shard in plan.tables[3].shards}) == len(plan.tables[3].shards) > 1
+    split = [t for t in plan.tables if t.shards[0].num_columns < t.embedding_dim]
+    assert len(split) > 1
+    for shard in (shard for table in split for shard in table.shards):
+        assert shard.optimizer_bytes == (0 if optimizer == SGD else 4 * shard.num_rows)
 
 
 def test_sequences_take_their_layouts_and_one_width_of_slices() -> None:
@@ -115,12 +118,10 @@ def test_a_plan_says_what_it_costs_and_what_another_layout_would() -> None:
     for placed in plan.tables:
         assert re.fullmatch(reason, placed.chosen_by)
     big = se.EmbeddingBagCollection([sgd_table("c", 5_000_000, optimizer=ROW_WISE_ADAGRAD)])
-    (placed,) = se.plan_sharding(big, TWO_NODES).tables
-    assert placed.layout in {"row_wise", "table_row_wise"}
-    alone = replace(TWO_NODES, num_nodes=1)
-    (placed,) = se.plan_sharding(big, alone).tables
-    assert placed.layout == "row_wise"
-    assert placed.chosen_by.endswith("; table_wise needs 1.21 GiB")
+    for cluster in (TWO_NODES, replace(TWO_NODES, num_nodes=1)):
+        (placed,) = se.plan_sharding(big, cluster).tables
+        assert {shard.rank for shard in placed.shards} == set(range(cluster.world_size))
+        assert placed.chosen_by.endswith("; table_wise needs 1.21 GiB")
 
 
 def test_reasons_are_short_and_say_where_constraints_limited_the_choice() -> None:

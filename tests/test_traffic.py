@@ -60,7 +60,7 @@ def check(case: Case, env: Env) -> None:
         with se.CollectiveCounter() as counter:
             optimizer.zero_grad()
             sharded(batch).backward()
-            optimizer.step()
+        optimizer.step()
     of_scale = 2 * (env.world_size - 1) / env.world_size * 4
     same(case, "sent", counter.sent_bytes - of_scale, predicted.sent_bytes_W[env.rank])
     same(case, "looked up", sum(looked_up), predicted.lookups_TW[:, env.rank].sum())

@@ -101,6 +101,7 @@ class GuardedForward:
                 "their number of samples, which is not supported; give each sample a bag of every "
                 "feature, be it empty"
             )
+        self._check_weights(batch)
         self._count()
         self.guard.check_features(batch)
         if self._check_ids and not any(checked.is_in(batch) for checked in self.checked):
@@ -118,6 +119,14 @@ class GuardedForward:
         if self._padding_of:
             batch = leave_padding_out(batch, self._padding_of)
         return (batch,), {}
+
+    def _check_weights(self, batch: KeyedJaggedTensor) -> None:
+        weights_N = batch.weights_or_none()
+        if weights_N is not None and weights_N.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"the collection of features {self._keys} got weights that require a gradient, and "
+                "weights of ids get no gradient in a sharded lookup; detach them"
+            )
 
     def _count(self) -> None:
         if self.lookups_left is None or not torch.is_grad_enabled():

@@ -234,9 +234,6 @@ class AdaptedEmbedding(_Adapter):
         lengths_B = torch.full((samples,), len(ids_N) // samples, device=input.device)
         batch = _one_feature(self.path, ids_N, lengths_B, None)
         rows_ND: torch.Tensor = self._looked_up(batch)[feature_of(self.path)].values()
-        if self.padding_idx is not None:
-            is_padding_N = (ids_N == self.padding_idx).unsqueeze(1)
-            rows_ND = torch.where(is_padding_N, rows_ND.detach(), rows_ND)
         return rows_ND.to(self.row_dtype).view(*input.shape, self.embedding_dim)
 
 

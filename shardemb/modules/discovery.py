@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torchrec
 from torch import nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType, PoolingType
@@ -14,19 +13,11 @@ from torchrec.modules.embedding_modules import (
     EmbeddingCollectionInterface,
 )
 
-from shardemb import optim
 from shardemb.data.bag_padding import padding_of_features
+from shardemb.modules.torchrec_optimizers import config_of
 from shardemb.modules.training import RowTraining, noted_training, num_frozen_rows
 from shardemb.optim import SparseOptimizer
 
-_CONFIG_OF: dict[type, type[SparseOptimizer]] = {
-    torch.optim.SGD: optim.SGD,
-    torch.optim.Adagrad: optim.Adagrad,
-    torchrec.optim.SGD: optim.SGD,
-    torchrec.optim.Adagrad: optim.Adagrad,
-    torchrec.optim.RowWiseAdagrad: optim.RowWiseAdagrad,
-}
-_HONOURED = {"lr", "eps"}
 _DTYPES = {DataType.FP32: "float32", DataType.FP16: "float16", DataType.BF16: "bfloat16"}
 _POOLING = {PoolingType.SUM: "sum", PoolingType.MEAN: "mean"}
 
@@ -73,7 +64,7 @@ class Table:
         kind: type = self.weight._optimizer_classes[0]  # type: ignore[attr-defined]
         given: Mapping[str, Any] = self.weight._optimizer_kwargs[0]  # type: ignore[attr-defined]
         return RowTraining(
-            optimizer=_CONFIG_OF[kind](**given),
+            optimizer=config_of(kind, given),
             frozen_rows=num_frozen_rows(self.weight),
             padding_idx=self.padding_idx,
         )
@@ -257,21 +248,7 @@ def _check_table(table: Table) -> None:
             "collection with shardemb.EmbeddingBagCollection, or attach one to its weight with "
             "torchrec.optim.apply_optimizer_in_backward before plan_sharding"
         )
-    if classes[0] not in _CONFIG_OF:
-        raise ValueError(
-            f"{who}: optimizer {classes[0].__name__} is not supported yet; use SGD, Adagrad or "
-            "RowWiseAdagrad of shardemb.optim"
-        )
-    given = table.weight._optimizer_kwargs[0]  # type: ignore[attr-defined]
-    needed = {"lr", "eps"} if classes[0] is torch.optim.Adagrad else {"lr"}
-    if not needed <= set(given):
-        raise ValueError(
-            f"{who}: optimizer {classes[0].__name__} was not given {min(needed - set(given))}, "
-            "and FBGEMM's default is not torch's; give it"
-        )
-    ignored = sorted(set(given) - _HONOURED)
-    if ignored:
-        raise ValueError(
-            f"{who}: optimizer {classes[0].__name__} was given {ignored[0]}, which FBGEMM's "
-            f"kernels would ignore; give only {' and '.join(sorted(_HONOURED))}"
-        )
+    try:
+        config_of(classes[0], table.weight._optimizer_kwargs[0])  # type: ignore[attr-defined]
+    except ValueError as error:
+        raise ValueError(f"{who}: {error}") from error

@@ -25,7 +25,7 @@ class RowTraining:
     """
 
     optimizer: SparseOptimizer
-    rounding: str = "nearest"
+    rounding: str = "stochastic"
     frozen_rows: int = 0
     padding_idx: int | None = None
 

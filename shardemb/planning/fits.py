@@ -9,7 +9,6 @@ from torchrec.modules.embedding_configs import DataType
 from shardemb.constraints import Constraints
 from shardemb.layouts import LAYOUTS, Layout
 from shardemb.modules.discovery import Table
-from shardemb.planning.geometry import places_of
 from shardemb.planning.layout_rules import layouts_allowed
 from shardemb.planning.planner import least_bytes, refuse_unfit
 from shardemb.planning.problem import Problem, check_problem
@@ -76,7 +75,7 @@ def _other_layouts(problem: Problem, names: tuple[str, ...]) -> Iterator[str]:
     )
     others: list[Layout] = [LAYOUTS[kind]() for kind in LAYOUTS if kind in kinds]
     for layout in named[:1]:
-        elsewhere = _anywhere(layout)
+        elsewhere = type(layout)()
         others = [elsewhere] + [other for other in others if type(other) is not type(layout)]
         if elsewhere == layout:
             del others[0]
@@ -87,16 +86,6 @@ def _other_layouts(problem: Problem, names: tuple[str, ...]) -> Iterator[str]:
             yield f"layouts.{other.torchrec_name}() for {_tables(names)}{given}"
         elif _fits(replace(changed, constraints=_without(problem, names))):
             yield f"layouts.{other.torchrec_name}() for {_tables(names)}, without constraints"
-
-
-def _anywhere(layout: Layout) -> Layout:
-    """The same layout with nothing named."""
-    if places_of(layout) is None:
-        return layout
-    options = {
-        name: value for name, value in vars(layout).items() if name == "accumulator_per_slice"
-    }
-    return type(layout)(**options)
 
 
 def _without(problem: Problem, names: Iterable[str]) -> Constraints:

@@ -132,7 +132,8 @@ def bytes_of_block(
         optimizer: What updates them; None where nothing does.
 
     Returns:
-        Both; what is not trained has no optimizer state.
+        Both; what is not trained has no optimizer state, and of a row's own state each slice of its
+        columns has a copy.
 
     Example:
         >>> from shardemb.optim import RowWiseAdagrad

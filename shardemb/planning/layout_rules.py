@@ -1,4 +1,4 @@
-"""Which layouts a table may have: what TorchRec's kernels compute rightly, and nothing else."""
+"""Which layouts a table may have: those that are computed rightly, and no others."""
 
 from shardemb.config import WIDTH_STEP
 from shardemb.layouts import (
@@ -13,7 +13,6 @@ from shardemb.layouts import (
     TableWise,
 )
 from shardemb.modules.discovery import Table
-from shardemb.optim import RowWiseAdagrad
 from shardemb.placement import ShardingPlan
 from shardemb.planning.geometry import a_rank_stays_empty, num_row_blocks, places_of
 
@@ -97,18 +96,6 @@ def _why_not_columns(table: Table, layout: Layout) -> str | None:
             f"{layout} splits {width} columns into {len(slices)} slices, and each must have a "
             f"multiple of {WIDTH_STEP}; use fewer slices, or embedding_dim="
             f"{-(-width // (WIDTH_STEP * len(slices))) * WIDTH_STEP * len(slices)}"
-        )
-    if (
-        table.trainable
-        and table.optimizer is RowWiseAdagrad
-        and not layout.accumulator_per_slice
-        and (slices is None or len(slices) > 1)
-    ):
-        return (
-            f"under {layout.torchrec_name} row-wise Adagrad keeps an accumulator for each row of "
-            "each slice, which is another algorithm than one for each row; use optim.Adagrad or a "
-            "layout that keeps rows whole (table_wise, row_wise, table_row_wise), or ask for it: "
-            f"{layout.torchrec_name}(..., accumulator_per_slice=True)"
         )
     return None
 

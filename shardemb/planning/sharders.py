@@ -34,8 +34,7 @@ class SequenceSharder(_AllLayouts, EmbeddingCollectionSharder):  # type: ignore[
 
 def make_sharders() -> list[ModuleSharder[nn.Module]]:
     """Sharders of both kinds of collection."""
-    options = {"stochastic_rounding": False}  # of float16 rows on CUDA: CPU knows only the nearest
-    return [PooledSharder(options), SequenceSharder(options)]
+    return [PooledSharder(), SequenceSharder()]
 
 
 def kernel_of(layout: Layout) -> str:

@@ -21,7 +21,8 @@ _FORMAT = 1
 _NAME = "shardemb_plan"
 _FOLLOWS = {"world_size", "num_nodes", "bytes_per_rank", "costs", "imbalance"}
 """What `plan_to_json` adds and `read_plan` passes over."""
-_ASKED = "accumulator_per_slice"
+_OLD_KEY = "accumulator_per_slice"
+"""Older plans have it for row-wise Adagrad under a split of the columns."""
 _SHARD_FIELDS = tuple(field.name for field in fields(Shard))
 _TABLE_FIELDS = tuple(
     field.name for field in fields(TablePlacement) if field.name not in {"layout", "shards"}
@@ -173,9 +174,8 @@ def _table_to_json(table: TablePlacement, cluster: Cluster, *, with_shards: bool
             f"table {table.table!r}: no {table.layout} layout has its shards, so that a file could "
             "not say where it lies; make the plan with plan_sharding"
         )
-    where = {} if layout is None else vars(layout)
     line: dict[str, Any] = {"table": table.table, "layout": table.layout}
-    line |= {name: value for name, value in where.items() if value is not False}
+    line |= {} if layout is None else vars(layout)
     line |= {name: getattr(table, name) for name in _TABLE_FIELDS}
     if with_shards:
         line["shards"] = _columns(table)
@@ -198,6 +198,11 @@ def _table_of(values: Any, cluster: Cluster) -> TablePlacement:
     name = values.get("layout")
     if not isinstance(name, str) or name not in LAYOUTS:
         raise ValueError(f"{who}: layout must be one of {', '.join(LAYOUTS)}, got {name!r}")
+    if _OLD_KEY in values:
+        raise ValueError(
+            f"{who} has the key {_OLD_KEY!r}, which layouts no longer have; remove the key, the "
+            "update is exact now"
+        )
     own = {field.name for field in fields(LAYOUTS[name])}
     where = {key: value for key, value in values.items() if key in own}
     layout = make_typed(LAYOUTS[name], where, who)
@@ -254,11 +259,6 @@ def _check_shards(table: TablePlacement, layout: Layout, cluster: Cluster) -> No
     if layout.splits_columns and num_columns != table.embedding_dim:
         raise ValueError(
             f"table {table.table!r}: {layout} does not divide {table.embedding_dim} columns"
-        )
-    if getattr(layout_of(table, cluster), _ASKED, False) and not getattr(layout, _ASKED):
-        raise ValueError(
-            f"table {table.table!r}: under {layout} row-wise Adagrad is another algorithm, with an "
-            f'accumulator for each slice; use another layout, or ask for it: "{_ASKED}": true'
         )
 
 

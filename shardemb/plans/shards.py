@@ -4,18 +4,10 @@ import functools
 from typing import get_args
 
 from shardemb.cluster import Cluster
-from shardemb.layouts import (
-    LAYOUTS,
-    ColumnWise,
-    GridShard,
-    Layout,
-    TableColumnWise,
-    TableRowWise,
-    TableWise,
-)
-from shardemb.optim import SGD, RowWiseAdagrad, SparseOptimizer
+from shardemb.layouts import LAYOUTS, GridShard, Layout, TableRowWise
+from shardemb.optim import SGD, SparseOptimizer
 from shardemb.placement import Shard, TablePlacement
-from shardemb.planning.geometry import blocks_of, bytes_of_block
+from shardemb.planning.geometry import blocks_of, bytes_of_block, placed
 
 _EXAMPLES = (*(kind(lr=1.0) for kind in get_args(SparseOptimizer)), SGD(lr=1.0, momentum=0.5))
 OPTIMIZERS: dict[str, SparseOptimizer | None] = {
@@ -77,26 +69,12 @@ def layout_of(table: TablePlacement, cluster: Cluster) -> Layout | None:
     Returns:
         The layout with its ranks or nodes, or None if no layout of that name has these shards.
     """
-    kind = LAYOUTS[table.layout]
-    of_shards = [shard.rank for shard in table.shards]
-    of_nodes = tuple(dict.fromkeys(rank // cluster.ranks_per_node for rank in of_shards))
-    slices = {shard.first_column for shard in table.shards}
-    # plan_sharding plans this only for those who asked for it
-    per_slice = table.optimizer == RowWiseAdagrad.__name__ and len(slices) > 1
-    layout: Layout
+    layout = LAYOUTS[table.layout]()
+    places = [shard.rank for shard in table.shards]
+    if isinstance(layout, (TableRowWise, GridShard)):
+        places = list(dict.fromkeys(rank // cluster.ranks_per_node for rank in places))
     try:
-        if kind is TableWise:
-            layout = TableWise(rank=of_shards[0])
-        elif kind is TableRowWise:
-            layout = TableRowWise(node=of_nodes[0])
-        elif kind is ColumnWise:
-            layout = ColumnWise(ranks=tuple(of_shards), accumulator_per_slice=per_slice)
-        elif kind is TableColumnWise:
-            layout = TableColumnWise(ranks=tuple(of_shards), accumulator_per_slice=per_slice)
-        elif kind is GridShard:
-            layout = GridShard(nodes=of_nodes, accumulator_per_slice=per_slice)
-        else:
-            layout = kind()
+        layout = placed(layout, places)
     except (ValueError, IndexError):  # a rank twice, or no shards
         return None
     return layout if shards_like(table, layout, cluster) == table.shards else None

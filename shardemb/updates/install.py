@@ -1,0 +1,229 @@
+"""TorchRec's sharded collections, with our kernels in the place of FBGEMM's."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.batched_embedding_kernel import (
+    BatchedFusedEmbedding,
+    BatchedFusedEmbeddingBag,
+    EmbeddingFusedOptimizer,
+)
+from torchrec.distributed.embedding import (
+    EmbeddingCollectionSharder,
+    ShardedEmbeddingCollection,
+)
+from torchrec.distributed.embedding_types import (
+    GroupedEmbeddingConfig,
+    ShardedEmbeddingModule,
+    ShardedEmbeddingTable,
+)
+from torchrec.distributed.embeddingbag import (
+    EmbeddingBagCollectionSharder,
+    ShardedEmbeddingBagCollection,
+)
+from torchrec.distributed.types import ParameterSharding, ShardingEnv
+from torchrec.modules.embedding_configs import PoolingType
+
+from shardemb.modules.training import RowTraining
+from shardemb.updates.kernel import RowKernel, Shard
+from shardemb.updates.lookups import Features
+from shardemb.updates.shard_rows import ShardRows
+
+_FIRST_STATE = "momentum1"  # as TorchRec calls the first state of any optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """How a table that is to be updated is trained.
+
+    Attributes:
+        training: How its rows are trained.
+        fused: Whether FBGEMM's own update does just that.
+        slices: Where columns are split: by the first row of a block, the ranks that hold it.
+    """
+
+    training: RowTraining
+    fused: bool
+    slices: Mapping[int, dist.ProcessGroup] = field(default_factory=dict)
+
+
+def is_fused(training: RowTraining, *, dtype: str, slices: bool) -> bool:
+    """Whether FBGEMM's own update does just what a table declares.
+
+    Args:
+        training: How its rows are trained.
+        dtype: Of its rows.
+        slices: Whether its columns are split over ranks.
+
+    Returns:
+        If not, our own updates the rows.
+    """
+    optimizer = training.optimizer
+    return (
+        optimizer.fused
+        and (dtype == "float32" or training.rounding == "nearest")
+        and training.frozen_rows == 0
+        and training.padding_idx is None
+        and not (slices and "row" in optimizer.state.values())
+    )
+
+
+class _WithRowKernels:
+    """A sharded collection that puts our kernels where its lookups have FBGEMM's.
+
+    Args:
+        trained: By the names of tables; the others are frozen.
+        options: What TorchRec's class takes.
+    """
+
+    def __init__(self, *, trained: Mapping[str, Trained], **options: Any) -> None:
+        self._trained = trained  # before the rest: TorchRec makes its lookups as it is made
+        super().__init__(**options)
+
+    def _create_lookups(self) -> None:
+        """Makes the lookups, as TorchRec asks for it."""
+        super()._create_lookups()  # type: ignore[misc]
+        for lookup in self._lookups:  # type: ignore[attr-defined]
+            for kernel in lookup._emb_modules:
+                if isinstance(kernel, (BatchedFusedEmbeddingBag, BatchedFusedEmbedding)):
+                    _install(kernel, self._trained)
+
+
+class PooledCollection(_WithRowKernels, ShardedEmbeddingBagCollection):  # type: ignore[misc]
+    """TorchRec's sharded `EmbeddingBagCollection`."""
+
+
+class SequenceCollection(_WithRowKernels, ShardedEmbeddingCollection):  # type: ignore[misc]
+    """TorchRec's sharded `EmbeddingCollection`."""
+
+
+class _Sharder:
+    """Makes our sharded collections of TorchRec's.
+
+    Args:
+        trained: By the names of tables; the others are frozen.
+    """
+
+    sharded: ClassVar[type[_WithRowKernels]]
+
+    def __init__(self, trained: Mapping[str, Trained]) -> None:
+        # float16 rows on CUDA: what FBGEMM updates itself is rounded to the nearest, as on CPU
+        super().__init__({"stochastic_rounding": False})  # type: ignore[call-arg]
+        self._trained = trained
+
+    def shard(
+        self,
+        module: nn.Module,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> nn.Module:
+        """Shards a collection, as TorchRec asks for it."""
+        return self.sharded(
+            trained=self._trained,
+            module=module,
+            table_name_to_parameter_sharding=params,
+            env=env,
+            fused_params=self.fused_params,  # type: ignore[attr-defined]
+            device=device,
+            module_fqn=module_fqn,
+        )  # type: ignore[return-value]
+
+
+class PooledSharder(_Sharder, EmbeddingBagCollectionSharder):  # type: ignore[misc]
+    """TorchRec's sharder of an `EmbeddingBagCollection`."""
+
+    sharded = PooledCollection
+
+
+class SequenceSharder(_Sharder, EmbeddingCollectionSharder):  # type: ignore[misc]
+    """TorchRec's sharder of an `EmbeddingCollection`."""
+
+    sharded = SequenceCollection
+
+
+def row_kernels(model: nn.Module) -> list[RowKernel]:
+    """The kernels of a sharded model, in the order of its modules."""
+    return [
+        part
+        for module in model.modules()
+        if isinstance(module, ShardedEmbeddingModule)
+        for lookup in module._lookups
+        for part in lookup.modules()
+        if isinstance(part, RowKernel)
+    ]
+
+
+def _install(kernel: nn.Module, trained: Mapping[str, Trained]) -> None:
+    """Puts our kernel around FBGEMM's in one of TorchRec's."""
+    config: GroupedEmbeddingConfig = kernel.config
+    tables = config.embedding_tables
+    fbgemm: Any = kernel.emb_module
+    fused = any(table.name in trained and trained[table.name].fused for table in tables)
+    states = fbgemm.get_optimizer_state() if fused else []
+    shards, first_feature, first_column = [], 0, 0
+    for number, (table, weight_RD) in enumerate(
+        zip(tables, fbgemm.split_embedding_weights(), strict=True)
+    ):
+        features = Features(
+            first=first_feature,
+            count=table.num_features(),
+            first_column=first_column,
+            width=table.local_cols,
+        )
+        first_feature += features.count
+        first_column += features.count * features.width
+        rows = None
+        if table.name in trained:
+            state = (
+                dict(zip([_FIRST_STATE], states[number].values(), strict=True)) if states else None
+            )
+            rows = _rows(table, trained[table.name], weight_RD, state)
+        shards.append(Shard(features=features, rows=rows))
+    pooled = isinstance(kernel, BatchedFusedEmbeddingBag)
+    kernel._emb_module = RowKernel(
+        fbgemm, shards, pooling=_pooling_of(kernel) if pooled else None, fused=fused
+    )
+    kernel._optim = EmbeddingFusedOptimizer(config, kernel._emb_module, kernel._pg)
+
+
+def _pooling_of(kernel: BatchedFusedEmbeddingBag) -> str:
+    """What FBGEMM makes of a bag; of rows of several shards TorchRec asks it for a sum."""
+    return "mean" if kernel._pooling.name == PoolingType.MEAN.name else "sum"
+
+
+def _rows(
+    table: ShardedEmbeddingTable,
+    trained: Trained,
+    weight_RD: torch.Tensor,
+    state: Mapping[str, torch.Tensor] | None,
+) -> ShardRows:
+    first_row, first_column = table.local_metadata.shard_offsets
+    if state is None:
+        shape = {"row": weight_RD.shape[:1], "element": weight_RD.shape}
+        state = {
+            name: weight_RD.new_zeros(shape[per], dtype=torch.float32)
+            for name, per in trained.training.optimizer.state.items()
+        }
+    return ShardRows(
+        table=table.name,
+        training=trained.training,
+        weight_RD=weight_RD,
+        state=state,
+        first_row=first_row,
+        first_column=first_column,
+        embedding_dim=table.embedding_dim,
+        key=key_of(table.name),
+        slices=trained.slices.get(first_row),
+    )
+
+
+def key_of(table: str) -> int:
+    """A number that is a table's own, of 31 bits."""
+    return int.from_bytes(hashlib.blake2b(table.encode(), digest_size=4).digest(), "little") >> 1

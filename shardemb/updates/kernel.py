@@ -1,0 +1,227 @@
+"""Stands where TorchRec's kernels keep FBGEMM's: looks up by it, and keeps what updates the rows.
+
+TorchRec itself puts other kernels there (its Triton one): what it asks of them is here.
+"""
+
+# B bags of a feature, F features, N ids, D width
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardemb.errors import RunError
+from shardemb.updates.lookups import Features, Lookup, RowGradients, merge
+from shardemb.updates.shard_rows import ShardRows
+
+_LARGEST_NORM = 1e12
+"""Of a gradient that FBGEMM may square and add up unwatched; our own update looks at the rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A block of a table in a kernel.
+
+    Attributes:
+        features: Those that look up in it.
+        rows: What is to be updated; None where the table is frozen.
+    """
+
+    features: Features
+    rows: ShardRows | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fused:
+    """A lookup whose backward pass in FBGEMM would update the rows.
+
+    Attributes:
+        output: Of FBGEMM, with its graph.
+        lr: The learning rate that FBGEMM's CPU kernel takes from the forward pass.
+    """
+
+    output: torch.Tensor
+    lr: float
+
+
+class RowKernel(nn.Module):
+    """Looks up rows, and keeps gradients until an optimizer steps.
+
+    Until `take_over` it leaves all to FBGEMM, which updates rows in the backward pass.
+
+    Args:
+        fbgemm: FBGEMM's module: holds the rows and looks them up.
+        shards: The blocks, in its order.
+        pooling: "sum" or "mean"; None where every id has an output of its own.
+        fused: Whether FBGEMM's own update is the one that all its tables declare.
+    """
+
+    def __init__(
+        self, fbgemm: nn.Module, shards: Sequence[Shard], *, pooling: str | None, fused: bool
+    ) -> None:
+        super().__init__()
+        self.fbgemm = fbgemm
+        self.shards = shards
+        self._pooling, self._fused = pooling, fused
+        self._num_features = sum(shard.features.count for shard in shards)
+        self._taken_over = self._stale = False
+        self._lookups: list[Lookup] = []
+        self._last: _Fused | None = None
+        self._lr = math.nan
+        self._anchor = torch.empty(0, requires_grad=True)  # what makes autograd call the backward
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else TorchRec asks for is FBGEMM's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("fbgemm"), name)
+
+    @property
+    def trained(self) -> list[ShardRows]:
+        """The blocks that are to be updated."""
+        return [shard.rows for shard in self.shards if shard.rows is not None]
+
+    def get_optimizer_state(self) -> list[dict[str, torch.Tensor]]:
+        """The state of each block's optimizer, as TorchRec asks for it."""
+        return [dict(shard.rows.state) if shard.rows else {} for shard in self.shards]
+
+    def take_over(self) -> None:
+        """From now on rows are updated by `step`, not in the backward pass."""
+        self._taken_over = True
+
+    def forward(
+        self,
+        indices: torch.Tensor,
+        offsets: torch.Tensor,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Looks rows up.
+
+        Args:
+            indices: Local rows, feature after feature, int64 [N].
+            offsets: Where bags begin, int64 [F * B + 1].
+            per_sample_weights: Of the ids, float32 [N].
+
+        Returns:
+            Pooled rows [B, sum of widths] or rows [N, D], float32.
+        """
+        arguments = (indices, offsets, per_sample_weights)
+        if not torch.is_grad_enabled():
+            return self.fbgemm(*arguments)  # type: ignore[no-any-return]
+        if self._fused and not self._taken_over:
+            return self.fbgemm(*arguments)  # type: ignore[no-any-return]
+        with torch.set_grad_enabled(self._fused):
+            self._set_lr()
+            output: torch.Tensor = self.fbgemm(*arguments)
+        graph = _Fused(output=output, lr=self._lr) if self._fused else None
+
+        def keep(gradient: torch.Tensor) -> None:
+            if not self.trained:  # other ranks may wait for this one in the backward exchange
+                return
+            lookup = Lookup(
+                ids_N=indices, offsets=offsets, weights_N=per_sample_weights, gradient=gradient
+            )
+            self._keep(lookup, graph)
+
+        kept: torch.Tensor = _Kept.apply(  # type: ignore[no-untyped-call]
+            self._anchor, output.detach(), keep
+        )
+        return kept
+
+    def _set_lr(self) -> None:
+        if not self._fused:
+            return
+        lr = float(self.trained[0].settings["lr"])
+        if lr != self._lr:
+            self.fbgemm.set_learning_rate(lr)  # type: ignore[operator]
+            self._lr = lr
+
+    def _keep(self, lookup: Lookup, graph: _Fused | None) -> None:
+        """Keeps what a backward pass left behind.
+
+        Raises:
+            RunError: No optimizer was built, or the gradients of the step before were not cleared.
+        """
+        if not self._taken_over:
+            rows = self.trained[0]
+            raise RunError(
+                f"table {rows.table!r}: its {type(rows.training.optimizer).__name__} updates rows "
+                "when the optimizer of shardemb.build_optimizer steps; build it before the first "
+                "backward pass"
+            )
+        if self._stale:
+            raise RunError(
+                f"table {self.trained[0].table!r} has the gradients of a step that is done; call "
+                "optimizer.zero_grad() before the next backward pass"
+            )
+        self._lookups.append(lookup)
+        self._last = graph
+
+    def clear(self) -> None:
+        """Forgets all gradients."""
+        self._lookups.clear()
+        self._last, self._stale = None, False
+
+    def done(self) -> None:
+        """Forgets gradients that were applied; the next ones need a `clear` before."""
+        self._stale = bool(self._lookups) or self._stale
+        self._lookups.clear()
+        self._last = None
+
+    def step_fused(self) -> bool:
+        """Lets FBGEMM update the rows, if it does just what is asked.
+
+        Returns:
+            Whether it did.
+        """
+        if self._last is None or len(self._lookups) != 1:
+            return not self._lookups
+        settings = [rows.settings for rows in self.trained]
+        if any(float(own["lr"]) != self._last.lr for own in settings):
+            return False
+        declared = vars(self.trained[0].training.optimizer)
+        if any(
+            own[name] != value
+            for own in settings
+            for name, value in declared.items()
+            if name != "lr"
+        ):
+            return False
+        gradient = self._lookups[0].gradient
+        norm = float(torch.linalg.vector_norm(gradient))
+        if not norm < _LARGEST_NORM or not math.isfinite(self._last.lr):
+            return False
+        self._last.output.backward(gradient)
+        return True
+
+    def merged(self) -> Iterable[tuple[ShardRows, RowGradients]]:
+        """The rows to update in each block, with their gradients."""
+        for shard in self.shards:
+            if shard.rows is not None and self._lookups:
+                gradients = merge(
+                    self._lookups, shard.features, self._num_features, pooling=self._pooling
+                )
+                yield shard.rows, shard.rows.movable(gradients)
+
+
+class _Kept(torch.autograd.Function):
+    """The identity, whose backward pass keeps the gradient for the kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: torch.Tensor,  # noqa: ARG004 - what requires a gradient
+        output: torch.Tensor,
+        keep: Callable[[torch.Tensor], None],
+    ) -> torch.Tensor:
+        ctx.keep = keep
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None]:
+        ctx.keep(gradients[0])
+        return None, None, None
