@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from shardemb.data.profile_file import save_profile as save_profile
     from shardemb.env import Env as Env
     from shardemb.env import init_distributed as init_distributed
+    from shardemb.health import HealthReport as HealthReport
+    from shardemb.health import TableHealth as TableHealth
+    from shardemb.health import TrainingHealth as TrainingHealth
     from shardemb.modules.embedding import EmbeddingCollection as EmbeddingCollection
     from shardemb.modules.embedding_bag import EmbeddingBagCollection as EmbeddingBagCollection
     from shardemb.modules.from_torch import from_torch as from_torch
@@ -45,11 +48,14 @@ _HOME = {
     "EmbeddingBagCollection": "shardemb.modules.embedding_bag",
     "EmbeddingCollection": "shardemb.modules.embedding",
     "Env": "shardemb.env",
+    "HealthReport": "shardemb.health",
     "Offsets": "shardemb.data.bag_forms",
     "ShardingPlan": "shardemb.placement",
     "TableConfig": "shardemb.config",
+    "TableHealth": "shardemb.health",
     "Traffic": "shardemb.traffic",
     "TrainPipeline": "shardemb.pipeline",
+    "TrainingHealth": "shardemb.health",
     "Workload": "shardemb.workload",
     "build_optimizer": "shardemb.optimizer",
     "from_torch": "shardemb.modules.from_torch",

@@ -1,7 +1,8 @@
 """One optimizer for all tables and the dense parameters of a sharded model."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +13,31 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from shardemb.errors import RunError
+from shardemb.updates.faults import fault_of, fault_of_settings, largest_of, raise_first
 from shardemb.updates.row_optimizer import RowOptimizer, Touched
+from shardemb.updates.shard_rows import NewRows
 from shardemb.updates.trained import noted_tables
 
 FUSED, DENSE = "fused", "dense"
 """Prefixes of the parameter names in the combined optimizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepGradients:
+    """What a step is about to apply, on this rank and before clipping.
+
+    Attributes:
+        step: Number of the step.
+        touched: The blocks of tables that were looked up, with the rows to update; of a table that
+            every rank holds, those that any rank looked up.
+        squares: For each, the sum of the squares of its gradients, float64 scalars.
+        dense_square: That of the dense gradients, which are the same on every rank.
+    """
+
+    step: int
+    touched: Touched
+    squares: Sequence[torch.Tensor]
+    dense_square: torch.Tensor
 
 
 class Optimizer(CombinedOptimizer):  # type: ignore[misc]
@@ -43,6 +63,7 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         super().__init__(parts)
         self.rows, self.dense = rows, dense
         self._max_norm = max_norm
+        self._observers: list[Callable[[StepGradients], None]] = []
         self.grad_norm: torch.Tensor | None = None
         """Norm of all gradients of the last step, before clipping, float64 scalar; if it was
         clipped or watched."""
@@ -69,26 +90,42 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
             closure: As in torch: computes the gradients first.
 
         Raises:
-            RunError: A gradient or an updated row is not finite, on any rank; the message names
-                the table and row, or the parameter. The model is not to be saved then.
+            RunError: On all ranks, when on any a setting, a gradient or an updated value is not
+                finite. The message names the step, the table, the row and, where the rows are
+                pooled or sharded, a sample that looked it up; or the parameter. Nothing of the
+                step was applied then, unless the message says that the model is not to be saved:
+                what a dense optimizer does is known afterwards only.
         """
         if closure is not None:
             with torch.enable_grad():
                 closure()
-        self.rows.begin_step()
-        replicated = self.rows.touched_replicated()
-        touched = self.rows.touched_sharded(fused=self._max_norm is None)
-        self._check_dense()
+        self.rows.check_settings()
+        watched = self._max_norm is not None or bool(self._observers)
+        touched = self.rows.touched(fused=not watched)
+        square = self._show(touched) if watched else self._number(0.0)
         if self._max_norm is not None:
-            self._clip(touched, replicated, self._max_norm)
-        touched += replicated
-        self.rows.update(touched)
-        self.rows.done()
+            self._clip(touched, square, self._max_norm)
+        new = self.rows.updated(touched)
+        doubt, square = self._over_ranks(self._doubt(touched, new), square)
+        if doubt > 0:
+            self._refuse(touched, new)
+        if watched and self._max_norm is None:
+            self.grad_norm = square.sqrt()
+        self.rows.write(touched, new)
         if self.dense is not None:
             self.dense.step()
-        _check_finite(
-            touched, self.rows.named_groups[0][1]["step"] if self.rows.named_groups else 0
-        )
+            self._check_dense()
+
+    def watch(self, observer: Callable[[StepGradients], None]) -> None:
+        """Shows the gradients of every step from now on, and sets `grad_norm`.
+
+        FBGEMM does not tell which rows it updates, so none are left to it from now on.
+
+        Args:
+            observer: Is called in each step, before anything is clipped or updated. What it is
+                given it must not change.
+        """
+        self._observers.append(observer)
 
     def state_dict(self) -> dict[str, Any]:
         """All of its state.
@@ -124,86 +161,87 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update(saved)
 
-    def _check_dense(self) -> None:
-        """Refuses dense gradients that are not finite; they are the same on all ranks.
+    def _show(self, touched: Touched) -> torch.Tensor:
+        """Shows a step to those who watch; the sum of squares of what counts on this rank."""
+        squares = [_square_of(gradients.grad_UD) for _, gradients in touched]
+        dense = self._number(0.0)
+        for grad in self._dense_grads().values():
+            dense += _square_of(grad)
+        shown = StepGradients(
+            step=self.num_steps + 1, touched=touched, squares=squares, dense_square=dense
+        )
+        for observer in self._observers:
+            observer(shown)
+        total = self._number(0.0)
+        for (rows, _), square in zip(touched, squares, strict=True):
+            if not rows.replicated or dist.get_rank() == 0:
+                total += square
+        return total + dense if dist.get_rank() == 0 else total
 
-        Raises:
-            RunError: One is not.
-        """
-        grads = {name: p.grad for name, p in self.dense_parameters.items() if p.grad is not None}
-        if not grads:
-            return
-        norms = torch.stack(torch._foreach_norm(list(grads.values())))
-        if not torch.isfinite(norms).all():
-            bad = list(grads)[int((~torch.isfinite(norms)).nonzero()[0])]
-            raise RunError(f"the gradient of {bad!r} is not finite; {_WAY_OUT}")
-
-    def _clip(self, touched: Touched, replicated: Touched, max_norm: float) -> None:
+    def _clip(self, touched: Touched, square: torch.Tensor, max_norm: float) -> None:
         """Scales all gradients so that their norm together is at most `max_norm`."""
-        norm = self._norm(touched, replicated)
-        self.grad_norm = norm
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        for _, gradients in (*touched, *replicated):
+        (total,) = self._over_ranks(square)
+        self.grad_norm = total.sqrt()
+        if not torch.isfinite(total):
+            self._refuse(touched, [None] * len(touched))
+        # as torch.nn.utils.clip_grad_norm_
+        scale = (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        for _, gradients in touched:
             gradients.grad_UD.mul_(scale.to(gradients.grad_UD))
-        for parameter in self.dense_parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale.to(parameter.grad))
+        for grad in self._dense_grads().values():
+            grad.mul_(scale.to(grad))
 
-    def _norm(self, touched: Touched, replicated: Touched) -> torch.Tensor:
-        """The norm of all gradients; what every rank has counts once."""
-        sums = [_square_of(gradients.grad_UD) for _, gradients in touched]
-        if dist.get_rank() == 0:
-            sums += [_square_of(gradients.grad_UD) for _, gradients in replicated]
-            grads = (parameter.grad for parameter in self.dense_parameters.values())
-            sums += [_square_of(grad) for grad in grads if grad is not None]
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for one in sums:
-            total.add_(one)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(total)
-        norm: torch.Tensor = total.sqrt()
-        return norm
+    def _doubt(self, touched: Touched, new: Sequence[NewRows]) -> torch.Tensor:
+        """A number above 0 if anything on this rank may not be finite."""
+        if fault_of_settings(self.param_groups) is not None:
+            return self._number(1.0)
+        values = [
+            rows.check(gradients, its) for (rows, gradients), its in zip(touched, new, strict=True)
+        ] + largest_of(self._dense_grads())
+        if not values:
+            return self._number(0.0)
+        return (~torch.isfinite(torch.stack(values))).any().double()
+
+    def _refuse(self, touched: Touched, new: Sequence[NewRows | None]) -> None:
+        """Raises if anything on any rank is not finite. On all ranks together."""
+        faults = [
+            fault_of_settings(self.param_groups),
+            self.rows.fault(touched, new),
+            fault_of("the gradient of {}", self._dense_grads()),
+        ]
+        raise_first(faults, step=self.num_steps + 1, rest="nothing of this step was applied")
+
+    def _check_dense(self) -> None:
+        """Refuses updated dense parameters that are not finite; they are the same on all ranks."""
+        values = {name: weight.detach() for name, weight in self.dense_parameters.items()}
+        largest = largest_of(values)
+        if largest and not torch.isfinite(torch.stack(largest)).all():
+            fault = fault_of("parameter {}", values)
+            raise_first([fault], step=self.num_steps, rest="do not save the model")
+
+    def _dense_grads(self) -> dict[str, torch.Tensor]:
+        return {name: p.grad for name, p in self.dense_parameters.items() if p.grad is not None}
 
     @property
-    def _device(self) -> torch.device:
-        blocks = self.rows.blocks
-        if blocks:
-            return blocks[0].weight_RD.device
-        return (
-            torch.device("cuda", torch.cuda.current_device())
-            if dist.get_backend() == "nccl"
-            else torch.device("cpu")
-        )
+    def num_steps(self) -> int:
+        """Updates of the tables so far."""
+        groups = self.rows.named_groups
+        return int(groups[0][1]["step"]) if groups else 0
 
+    def _over_ranks(self, *numbers: torch.Tensor) -> torch.Tensor:
+        """Sums over ranks, float64."""
+        total = torch.stack(numbers)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        return total
 
-_WAY_OUT = "lower the learning rates, clip by max_norm, or look for such values in the data"
+    def _number(self, value: float) -> torch.Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=self.rows.device)
 
 
 def _square_of(grad: torch.Tensor) -> torch.Tensor:
     square: torch.Tensor = torch.linalg.vector_norm(grad, dtype=torch.float64).square()
     return square
-
-
-def _check_finite(touched: Touched, step: int) -> None:
-    """Checks what the updates left behind. On all ranks together.
-
-    Raises:
-        RunError: Something is not finite, on any rank.
-    """
-    checks = [rows.check for rows, _ in touched if rows.check is not None]
-    fault = None
-    if checks and not torch.isfinite(torch.stack(checks)).all():
-        faults = (rows.fault(gradients) for rows, gradients in touched)
-        fault = next((one for one in faults if one is not None), None)
-    if dist.get_world_size() > 1:
-        flag = torch.tensor(float(fault is not None))
-        dist.all_reduce(flag)
-        if flag > 0:
-            faults_of_ranks: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(faults_of_ranks, fault)
-            fault = next(one for one in faults_of_ranks if one is not None)
-    if fault is not None:
-        raise RunError(f"step {step}: {fault}; {_WAY_OUT}")
 
 
 def build_optimizer(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,6 +94,16 @@ def test_torchx_starts_ranks_on_one_node_and_on_two_with_one_result(
     done = torchx("1x2", "--out", str(grown), "--steps", "30", "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     assert result(grown)["log_loss"] == pytest.approx(result(tmp_path / "1")["log_loss"], abs=1e-5)
+
+
+@pytest.mark.distributed
+def test_a_run_reports_the_health_of_its_tables_at_its_own_steps(log: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    done = train("--data", str(log), "--out", out, "--steps", "5", "--health-every", "2")
+    assert done.returncode == 0, done.stderr
+    reports = re.findall(r"^step (\d): gradient norm .* since step 0$", done.stdout, re.MULTILINE)
+    assert reports == ["2", "4"]
+    assert len(re.findall(r"^C26 +\d+ +\d+ .*%", done.stdout, re.MULTILINE)) == 2
 
 
 @pytest.mark.distributed
@@ -282,6 +293,7 @@ def test_a_bad_config_is_refused_by_name(
     ("arguments", "text"),
     [
         (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--health-every", "-1"], "health_every must not be negative, got -1"),
         (["--row-wise", "C27"], "row_wise names table 'C27'; the tables are C1 to C26"),
         (["--stpes", "5"], "Unrecognized options: --stpes"),
     ],

@@ -16,7 +16,16 @@ from shardemb.env import Env
 from shardemb.recipes.run_folder import CONFIG, RunFolder
 
 C = TypeVar("C")
-_MAY_DIFFER = {"out", "resume", "steps", "log_every", "checkpoint_every", "max_malformed", "plan"}
+_MAY_DIFFER = {
+    "out",
+    "resume",
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "health_every",
+    "max_malformed",
+    "plan",
+}
 """Fields that may change when a run goes on."""
 
 

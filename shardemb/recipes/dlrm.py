@@ -77,6 +77,9 @@ class Config:
     """Learning rate of the dense parameters (AdamW)."""
     log_every: int = 50
     """Steps between two lines of progress."""
+    health_every: int = 0
+    """Steps between two reports of training health: ids and rows of each table, rows never touched
+    and gradient norms; 0 for none."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; there is one more at the end."""
     max_malformed: int = 100
@@ -87,8 +90,9 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed must be in 0..2**63-1, got {self.seed}")
-        if self.max_malformed < 0:
-            raise ValueError(f"max_malformed must not be negative, got {self.max_malformed}")
+        for name in ("max_malformed", "health_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("sparse_lr", "dense_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
@@ -181,9 +185,12 @@ def train(config: Config, env: Env) -> None:
         log_every=config.log_every,
         first_step=first_step,
     )
+    health = se.TrainingHealth(optimizer) if config.health_every else None
     pipeline = se.TrainPipeline(model, optimizer, env)
     for step, loss in pipeline.run(loader, num_steps, first_step=first_step):
         progress.step(step, loss)
+        if health and step % config.health_every == 0:
+            say(f"\n{health.report()}\n")
         if step % config.checkpoint_every == 0 or step == num_steps:
             checkpoint = se.save_checkpoint(
                 folder.checkpoint_path(step), model, optimizer, step=step, env=env

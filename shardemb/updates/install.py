@@ -1,7 +1,7 @@
 """TorchRec's sharded collections, with our kernels in the place of FBGEMM's."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -88,10 +88,36 @@ class _WithRowKernels:
     def _create_lookups(self) -> None:
         """Makes the lookups, as TorchRec asks for it."""
         super()._create_lookups()  # type: ignore[misc]
-        for lookup in self._lookups:  # type: ignore[attr-defined]
-            for kernel in lookup._emb_modules:
-                if isinstance(kernel, (BatchedFusedEmbeddingBag, BatchedFusedEmbedding)):
-                    _install(kernel, self._trained)
+        self._row_kernels = [
+            [
+                _install(kernel, self._trained)
+                for kernel in lookup._emb_modules
+                if isinstance(kernel, (BatchedFusedEmbeddingBag, BatchedFusedEmbedding))
+            ]
+            for lookup in self._lookups  # type: ignore[attr-defined]
+        ]
+
+    def compute_and_output_dist(self, ctx: Any, input: Any) -> Any:
+        """Looks up, as TorchRec asks for it; the kernels learn whose samples they look up."""
+        shardings = getattr(self, "_embedding_shardings", None)  # of pooled collections
+        for number, kernels in enumerate(self._row_kernels):
+            nodes = getattr(shardings[number], "_cross_pg", None) if shardings else None
+            context = ctx.sharding_contexts[number]
+            for kernel in kernels:
+                kernel.batches = _in_order(
+                    context.batch_size_per_rank, nodes.size() if nodes else 1
+                )
+        return super().compute_and_output_dist(ctx, input)  # type: ignore[misc]
+
+
+def _in_order(sizes: Sequence[int], num_nodes: int) -> list[tuple[int, int]]:
+    """Ranks and the sizes of their batches, by local rank and then by node."""
+    num_local = len(sizes) // num_nodes
+    return [
+        (rank, sizes[rank])
+        for local in range(num_local)
+        for rank in range(local, len(sizes), num_local)
+    ]
 
 
 class PooledCollection(_WithRowKernels, ShardedEmbeddingBagCollection):  # type: ignore[misc]
@@ -160,7 +186,7 @@ def row_kernels(model: nn.Module) -> list[RowKernel]:
     ]
 
 
-def _install(kernel: nn.Module, trained: Mapping[str, Trained]) -> None:
+def _install(kernel: nn.Module, trained: Mapping[str, Trained]) -> RowKernel:
     """Puts our kernel around FBGEMM's in one of TorchRec's."""
     config: GroupedEmbeddingConfig = kernel.config
     tables = config.embedding_tables
@@ -187,10 +213,10 @@ def _install(kernel: nn.Module, trained: Mapping[str, Trained]) -> None:
             rows = _rows(table, trained[table.name], weight_RD, state)
         shards.append(Shard(features=features, rows=rows))
     pooled = isinstance(kernel, BatchedFusedEmbeddingBag)
-    kernel._emb_module = RowKernel(
-        fbgemm, shards, pooling=_pooling_of(kernel) if pooled else None, fused=fused
-    )
-    kernel._optim = EmbeddingFusedOptimizer(config, kernel._emb_module, kernel._pg)
+    mine = RowKernel(fbgemm, shards, pooling=_pooling_of(kernel) if pooled else None, fused=fused)
+    kernel._emb_module = mine
+    kernel._optim = EmbeddingFusedOptimizer(config, mine, kernel._pg)
+    return mine
 
 
 def _pooling_of(kernel: BatchedFusedEmbeddingBag) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from shardemb.errors import RunError
-from shardemb.updates.lookups import Features, Lookup, RowGradients, merge
+from shardemb.updates.lookups import Features, Lookup, RowGradients, merge, sample_of
 from shardemb.updates.shard_rows import ShardRows
 
 _LARGEST_NORM = 1e12
@@ -40,10 +40,12 @@ class _Fused:
 
     Attributes:
         output: Of FBGEMM, with its graph.
+        total: The sum of the output, finite only if the rows that were looked up are.
         lr: The learning rate that FBGEMM's CPU kernel takes from the forward pass.
     """
 
     output: torch.Tensor
+    total: torch.Tensor
     lr: float
 
 
@@ -67,6 +69,8 @@ class RowKernel(nn.Module):
         self.shards = shards
         self._pooling, self._fused = pooling, fused
         self._num_features = sum(shard.features.count for shard in shards)
+        self.batches: Sequence[tuple[int, int]] = ()
+        """Of the next lookup: the ranks whose samples the bags are, in order, with their number."""
         self._taken_over = self._stale = False
         self._lookups: list[Lookup] = []
         self._last: _Fused | None = None
@@ -117,13 +121,20 @@ class RowKernel(nn.Module):
         with torch.set_grad_enabled(self._fused):
             self._set_lr()
             output: torch.Tensor = self.fbgemm(*arguments)
-        graph = _Fused(output=output, lr=self._lr) if self._fused else None
+        graph = None
+        if self._fused:
+            graph = _Fused(output=output, total=output.detach().sum(), lr=self._lr)
+        batches = self.batches
 
         def keep(gradient: torch.Tensor) -> None:
             if not self.trained:  # other ranks may wait for this one in the backward exchange
                 return
             lookup = Lookup(
-                ids_N=indices, offsets=offsets, weights_N=per_sample_weights, gradient=gradient
+                ids_N=indices,
+                offsets=offsets,
+                weights_N=per_sample_weights,
+                gradient=gradient,
+                batches=batches,
             )
             self._keep(lookup, graph)
 
@@ -172,14 +183,12 @@ class RowKernel(nn.Module):
         self._lookups.clear()
         self._last = None
 
-    def step_fused(self) -> bool:
-        """Lets FBGEMM update the rows, if it does just what is asked.
-
-        Returns:
-            Whether it did.
-        """
+    def fits_fbgemm(self) -> bool:
+        """Whether FBGEMM's own update does just what is asked, with values that cannot go wrong."""
         if self._last is None or len(self._lookups) != 1:
-            return not self._lookups
+            return False
+        if any(rows.weight_RD.dtype != torch.float32 for rows in self.trained):
+            return False  # 16 bits may overflow, which nothing would see
         settings = [rows.settings for rows in self.trained]
         if any(float(own["lr"]) != self._last.lr for own in settings):
             return False
@@ -191,12 +200,17 @@ class RowKernel(nn.Module):
             if name != "lr"
         ):
             return False
-        gradient = self._lookups[0].gradient
-        norm = float(torch.linalg.vector_norm(gradient))
-        if not norm < _LARGEST_NORM or not math.isfinite(self._last.lr):
-            return False
-        self._last.output.backward(gradient)
-        return True
+        lookup = self._lookups[0]
+        norm = torch.linalg.vector_norm(lookup.gradient)
+        if lookup.weights_N is not None:
+            norm = norm * torch.linalg.vector_norm(lookup.weights_N).clamp(min=1.0)
+        largest = float(torch.maximum(norm, self._last.total.abs()))
+        return largest < _LARGEST_NORM and abs(self._last.lr) < _LARGEST_NORM
+
+    def step_fused(self) -> None:
+        """Lets FBGEMM update the rows."""
+        assert self._last is not None
+        self._last.output.backward(self._lookups[0].gradient)
 
     def merged(self) -> Iterable[tuple[ShardRows, RowGradients]]:
         """The rows to update in each block, with their gradients."""
@@ -206,6 +220,27 @@ class RowKernel(nn.Module):
                     self._lookups, shard.features, self._num_features, pooling=self._pooling
                 )
                 yield shard.rows, shard.rows.movable(gradients)
+
+    def sample_of(self, rows: ShardRows, row: int) -> tuple[int, int] | None:
+        """Whose sample looked a row up; one with a gradient that is not finite, if there is one.
+
+        Args:
+            rows: A block; of another kernel's there is none.
+            row: The local row.
+
+        Returns:
+            The rank, and the number of the sample in its batch.
+        """
+        for shard in self.shards:
+            if shard.rows is rows:
+                return sample_of(
+                    self._lookups,
+                    shard.features,
+                    self._num_features,
+                    pooling=self._pooling,
+                    row=row,
+                )
+        return None
 
 
 class _Kept(torch.autograd.Function):

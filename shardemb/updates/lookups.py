@@ -36,12 +36,15 @@ class Lookup:
         offsets: Where the bags begin and the last ends, int64 [F * B + 1].
         weights_N: Weights of the ids, float32 [N], if they have some.
         gradient: Of the output, float32: pooled [B, sum of the features' widths], else [N, D].
+        batches: The ranks whose samples the bags of a feature are, in their order, and how many
+            each has.
     """
 
     ids_N: torch.Tensor
     offsets: torch.Tensor
     weights_N: torch.Tensor | None
     gradient: torch.Tensor
+    batches: Sequence[tuple[int, int]]
 
 
 class RowGradients(NamedTuple):
@@ -50,12 +53,13 @@ class RowGradients(NamedTuple):
     Attributes:
         rows_U: Local rows, each once, ascending, int64 [U].
         grad_UD: Their gradients, float32 [U, D].
-        num_ids: How many ids were looked up.
+        counts_U: How many ids looked each up, int64 [U]; where every rank holds the table, ids of
+            this rank only.
     """
 
     rows_U: torch.Tensor
     grad_UD: torch.Tensor
-    num_ids: int
+    counts_U: torch.Tensor
 
 
 class _Spread(NamedTuple):
@@ -102,7 +106,7 @@ def merge(
     sorted_N, order_N = ids_N.sort(stable=True)
     rows_U, counts_U = torch.unique_consecutive(sorted_N, return_counts=True)
     if len(rows_U) == 0:
-        return RowGradients(rows_U, gradients.new_zeros(0, features.width), 0)
+        return RowGradients(rows_U, gradients.new_zeros(0, features.width), counts_U)
     scale_N = None
     if spreads[0].scale_N is not None:
         scale_N = torch.cat([one.scale_N for one in spreads if one.scale_N is not None])[order_N]
@@ -113,7 +117,7 @@ def merge(
         mode="sum",
         per_sample_weights=scale_N,
     )
-    return RowGradients(rows_U, grad_UD, len(ids_N))
+    return RowGradients(rows_U, grad_UD, counts_U)
 
 
 def _spread(
@@ -137,3 +141,51 @@ def _spread(
     columns = features.first_column, features.first_column + features.count * features.width
     by_bag = lookup.gradient[:, slice(*columns)].unflatten(1, (features.count, features.width))
     return _Spread(ids_N, source_N, scale_N, by_bag.transpose(0, 1).flatten(0, 1))
+
+
+def sample_of(
+    lookups: Sequence[Lookup],
+    features: Features,
+    num_features: int,
+    *,
+    pooling: str | None,
+    row: int,
+) -> tuple[int, int] | None:
+    """Whose sample looked a row up; one with a gradient that is not finite, if there is one.
+
+    Args:
+        lookups: Of one kernel.
+        features: Those of the shard.
+        num_features: Of the kernel.
+        pooling: As of `merge`.
+        row: The local row.
+
+    Returns:
+        The rank and the number of the sample in its batch.
+    """
+    found = None
+    for lookup in lookups:
+        one = _spread(lookup, features, num_features, pooling=pooling)
+        at_K = (one.ids_N == row).nonzero().squeeze(1)
+        if len(at_K) == 0:
+            continue
+        bad_K = ~torch.isfinite(one.gradients[one.source_N[at_K]]).all(1)
+        if found is None or bad_K.any():
+            found = _sample_at(lookup, features, num_features, int(at_K[bad_K.int().argmax()]))
+        if bad_K.any():
+            break
+    return found
+
+
+def _sample_at(
+    lookup: Lookup, features: Features, num_features: int, position: int
+) -> tuple[int, int] | None:
+    """Whose sample an id of a shard's features is, counted from the first of them."""
+    num_bags = (len(lookup.offsets) - 1) // num_features
+    offsets = lookup.offsets[features.first * num_bags :]
+    sample = (int(torch.searchsorted(offsets, offsets[0] + position, right=True)) - 1) % num_bags
+    for rank, size in lookup.batches:
+        if sample < size:
+            return rank, sample
+        sample -= size
+    return None

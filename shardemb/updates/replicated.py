@@ -2,8 +2,8 @@
 
 # R rows, D width, U touched rows
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 
 from shardemb.modules.training import RowTraining
 from shardemb.updates.install import key_of
-from shardemb.updates.lookups import RowGradients
+from shardemb.updates.lookups import Features, Lookup, RowGradients, sample_of
 from shardemb.updates.shard_rows import ShardRows
 
 _ROWS = "_shardemb_rows"
@@ -34,17 +34,30 @@ class ReplicatedRows:
     Attributes:
         rows: What is to be updated.
         weight: Its parameter, which takes the gradient.
-        touched_R: Which rows this rank looked up since the last step, uint8 [R].
+        counts_R: How many ids of this rank looked each row up since the gradients were forgotten,
+            int32 [R].
+        lookups: The pooled lookups since then, with the table's features and the number of all in
+            each.
     """
 
     rows: ShardRows
     weight: nn.Parameter
-    touched_R: torch.Tensor
+    counts_R: torch.Tensor
+    lookups: list[tuple[Lookup, Features, int]] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forgets the gradient and which rows were touched."""
         self.weight.grad = None
-        self.touched_R.zero_()
+        self.counts_R.zero_()
+        self.lookups.clear()
+
+    def sample_of(self, row: int) -> tuple[int, int] | None:
+        """Whose sample on this rank looked a row up in bags, if any: the rank and its number."""
+        for lookup, features, num_features in self.lookups:
+            found = sample_of([lookup], features, num_features, pooling="sum", row=row)
+            if found is not None:
+                return found
+        return None
 
 
 def watch_lookups(
@@ -60,9 +73,7 @@ def watch_lookups(
     for lookup in module._lookups:
         for kernel in lookup.modules():
             if isinstance(kernel, (BatchedDenseEmbeddingBag, BatchedDenseEmbedding)):
-                names = [table.name for table in kernel.config.embedding_tables]
-                of_features = [rows.get(names[table]) for table in kernel._feature_table_map]
-                kernel.register_forward_hook(_Watch(of_features))
+                kernel.register_forward_hook(_Watch(kernel, rows))
 
 
 def replicated_rows(model: nn.Module) -> list[ReplicatedRows]:
@@ -86,9 +97,10 @@ def _rows(name: str, weight: nn.Parameter, training: RowTraining) -> ReplicatedR
             first_column=0,
             embedding_dim=held_RD.shape[1],
             key=key_of(name),
+            replicated=True,
         ),
         weight=weight,
-        touched_R=held_RD.new_zeros(len(held_RD), dtype=torch.uint8),
+        counts_R=held_RD.new_zeros(len(held_RD), dtype=torch.int32),
     )
     setattr(weight, _ROWS, rows)
     return rows
@@ -98,22 +110,50 @@ class _Watch:
     """A forward hook of a dense kernel: notes rows as touched when their gradient comes.
 
     Args:
-        tables: That of each feature of the kernel, if it is to be updated.
+        kernel: The kernel.
+        tables: Those that are to be updated, by name.
     """
 
-    def __init__(self, tables: Sequence[ReplicatedRows | None]) -> None:
-        self._tables = tables
+    def __init__(
+        self,
+        kernel: BatchedDenseEmbeddingBag | BatchedDenseEmbedding,
+        tables: Mapping[str, ReplicatedRows],
+    ) -> None:
+        self._pooled = isinstance(kernel, BatchedDenseEmbeddingBag)
+        self._tables: list[tuple[ReplicatedRows, Features]] = []
+        self._num_features = first_column = 0
+        for table in kernel.config.embedding_tables:
+            features = Features(
+                first=self._num_features,
+                count=table.num_features(),
+                first_column=first_column,
+                width=table.local_cols,
+            )
+            self._num_features += features.count
+            first_column += features.count * features.width
+            if table.name in tables:
+                self._tables.append((tables[table.name], features))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG002
         """What torch calls after a forward."""
         if output.requires_grad:
-            output.register_hook(lambda _: self._note(args[0]))
+            output.register_hook(lambda gradient: self._note(args[0], gradient))
 
-    def _note(self, features: KeyedJaggedTensor) -> None:
-        ends = features.offset_per_key()
-        for table, start, end in zip(self._tables, ends[:-1], ends[1:], strict=True):
-            if table is not None:
-                table.touched_R.index_fill_(0, features.values()[start:end], 1)
+    def _note(self, batch: KeyedJaggedTensor, gradient: torch.Tensor) -> None:
+        ends = batch.offset_per_key()
+        lookup = Lookup(
+            ids_N=batch.values(),
+            offsets=batch.offsets(),
+            weights_N=batch.weights_or_none(),
+            gradient=gradient,
+            batches=[(dist.get_rank(), batch.stride())],
+        )
+        for table, features in self._tables:
+            start, end = ends[features.first], ends[features.first + features.count]
+            ids_N = batch.values()[start:end]
+            table.counts_R.index_add_(0, ids_N, torch.ones_like(ids_N, dtype=torch.int32))
+            if self._pooled:
+                table.lookups.append((lookup, features, self._num_features))
 
 
 def merge_replicated(tables: Sequence[ReplicatedRows]) -> list[tuple[ShardRows, RowGradients]]:
@@ -127,15 +167,16 @@ def merge_replicated(tables: Sequence[ReplicatedRows]) -> list[tuple[ShardRows, 
     """
     if not tables:
         return []
-    masks = [table.touched_R for table in tables]
-    touched = torch.cat(masks)
+    touched = torch.cat([table.counts_R > 0 for table in tables]).to(torch.uint8)
     if dist.get_world_size() > 1:
         dist.all_reduce(touched, op=dist.ReduceOp.MAX)
     found = []
-    for table, mask_R in zip(tables, touched.split([len(mask) for mask in masks]), strict=True):
+    sizes = [len(table.counts_R) for table in tables]
+    for table, mask_R in zip(tables, touched.split(sizes), strict=True):
         if table.weight.grad is None:
             continue
         rows_U = mask_R.nonzero().squeeze(1)
-        gradients = RowGradients(rows_U, table.weight.grad.index_select(0, rows_U), len(rows_U))
+        grad_UD = table.weight.grad.index_select(0, rows_U)
+        gradients = RowGradients(rows_U, grad_UD, table.counts_R.index_select(0, rows_U).long())
         found.append((table.rows, table.rows.movable(gradients)))
     return found

@@ -4,20 +4,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizer
 
+from shardemb.updates.faults import Fault
 from shardemb.updates.install import row_kernels
 from shardemb.updates.kernel import RowKernel
 from shardemb.updates.lookups import RowGradients
 from shardemb.updates.replicated import ReplicatedRows, merge_replicated, replicated_rows
 from shardemb.updates.row_state import give_to_slices, saved_once
-from shardemb.updates.shard_rows import ShardRows
+from shardemb.updates.shard_rows import NewRows, ShardRows
 from shardemb.updates.slices import run_together
 from shardemb.updates.trained import TrainedTable
 
 Touched = list[tuple[ShardRows, RowGradients]]
+"""Blocks of tables, and the rows of each that a step is to update."""
 
 
 class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
@@ -66,6 +69,9 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
                 self._save_once(rows.table)
         for kernel in self._kernels:
             kernel.take_over()
+        self._of_fbgemm: list[RowKernel] = []
+        self.device: torch.device = model.device
+        """Of the tables, on every rank."""
 
     def _save_once(self, table: str) -> None:
         """Replaces the row-wise states of a table whose columns are split."""
@@ -92,37 +98,8 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
         for table in self._replicated:
             table.clear()
 
-    def touched_sharded(self, *, fused: bool) -> Touched:
-        """The rows to update of tables that are sharded, with their gradients.
-
-        Args:
-            fused: Whether FBGEMM may update rows itself where it can; these are not returned.
-
-        Returns:
-            Blocks, and the rows of each.
-        """
-        return [
-            found
-            for kernel in self._kernels
-            if not (fused and kernel.step_fused())
-            for found in kernel.merged()
-        ]
-
-    def touched_replicated(self) -> Touched:
-        """The rows to update of tables that every rank holds. On all ranks together."""
-        return merge_replicated(self._replicated)
-
-    @torch.no_grad()
-    def update(self, touched: Touched) -> None:
-        """Updates rows. On all ranks together.
-
-        Args:
-            touched: Blocks, and the rows of each.
-        """
-        run_together((rows.update(gradients), rows.slices) for rows, gradients in touched)
-
-    def begin_step(self) -> None:
-        """Counts a step of every table, touched or not.
+    def check_settings(self) -> None:
+        """Refuses settings that a table cannot take.
 
         Raises:
             ValueError: A table's SGD got momentum, and was made without state for it.
@@ -134,12 +111,72 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
                     "without; declare it with some momentum, of which a scheduler may change the "
                     "value"
                 )
-            group["step"] += 1
 
-    def done(self) -> None:
-        """Ends a step: its gradients will not be applied again."""
+    def touched(self, *, fused: bool) -> Touched:
+        """The rows to update, with their gradients. On all ranks together.
+
+        Args:
+            fused: Whether to leave rows to FBGEMM where it can update them; these are not returned.
+
+        Returns:
+            Blocks, and the rows of each.
+        """
+        self._of_fbgemm = [kernel for kernel in self._kernels if fused and kernel.fits_fbgemm()]
+        sharded = [
+            found
+            for kernel in self._kernels
+            if kernel not in self._of_fbgemm
+            for found in kernel.merged()
+        ]
+        return sharded + merge_replicated(self._replicated)
+
+    @torch.no_grad()
+    def updated(self, touched: Touched) -> list[NewRows]:
+        """What an update makes of rows, which stay as they are. On all ranks together.
+
+        Args:
+            touched: Blocks, and the rows of each.
+
+        Returns:
+            The new rows of each block.
+        """
+        return run_together((rows.updated(gradients), rows.slices) for rows, gradients in touched)
+
+    def write(self, touched: Touched, new: Sequence[NewRows]) -> None:
+        """Ends a step: writes new rows, and lets FBGEMM update what was left to it.
+
+        Args:
+            touched: Of `touched`.
+            new: Of `updated`.
+        """
+        for kernel in self._of_fbgemm:
+            kernel.step_fused()
+        for (rows, _), its in zip(touched, new, strict=True):
+            rows.write(its)
+        for _, group in self.named_groups:
+            group["step"] += 1
         for kernel in self._kernels:
             kernel.done()
+
+    def fault(self, touched: Touched, new: Sequence[NewRows | None]) -> Fault | None:
+        """The first value of an update on this rank that is not finite.
+
+        Args:
+            touched: Of `touched`.
+            new: What becomes of the rows of each, as far as it is known.
+        """
+        for (rows, gradients), its in zip(touched, new, strict=True):
+            found = rows.fault(gradients, its)
+            if found is not None:
+                row, what = found
+                where = "every rank" if rows.replicated else f"rank {dist.get_rank()}"
+                return Fault(f"{what}, on {where}", self._sample_of(rows, row))
+        return None
+
+    def _sample_of(self, rows: ShardRows, row: int) -> tuple[int, int] | None:
+        of_kernels = (kernel.sample_of(rows, row) for kernel in self._kernels)
+        replicated = (table.sample_of(row) for table in self._replicated if table.rows is rows)
+        return next((found for found in (*of_kernels, *replicated) if found is not None), None)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """Not of itself: `Optimizer.step` clips, checks and counts for all parts together."""

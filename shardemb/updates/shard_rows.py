@@ -4,7 +4,7 @@
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,20 @@ from shardemb.modules.training import RowTraining
 from shardemb.updates.formulas import update_rows
 from shardemb.updates.lookups import RowGradients
 from shardemb.updates.rounding import round_stochastically
+
+
+class NewRows(NamedTuple):
+    """What an update makes of some rows of a block.
+
+    Attributes:
+        rows_U: Local rows, int64 [U].
+        weight_UD: Their values, of the table's dtype.
+        state: Their optimizer state by name, float32 [U, D] or [U].
+    """
+
+    rows_U: torch.Tensor
+    weight_UD: torch.Tensor
+    state: Mapping[str, torch.Tensor]
 
 
 @dataclass(kw_only=True)
@@ -29,8 +43,8 @@ class ShardRows:
         embedding_dim: Columns of the whole table.
         key: A number that is the table's own, of which stochastic rounding is a function.
         slices: The ranks that hold the other columns of these rows, if they are split.
+        replicated: Whether every rank holds the whole table.
         settings: The table's parameter group, when there is an optimizer.
-        check: A number that is finite if all values of the last update are; a scalar.
     """
 
     table: str
@@ -42,22 +56,22 @@ class ShardRows:
     embedding_dim: int
     key: int
     slices: dist.ProcessGroup | None = None
+    replicated: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
-    check: torch.Tensor | None = None
 
     def movable(self, gradients: RowGradients) -> RowGradients:
         """Those rows that are to be updated: neither frozen nor padding."""
-        training, (rows_U, grad_UD, num_ids) = self.training, gradients
+        training, (rows_U, grad_UD, counts_U) = self.training, gradients
         if training.frozen_rows == 0 and training.padding_idx is None:
             return gradients
         global_U = rows_U + self.first_row
         moves_U = global_U >= training.frozen_rows
         if training.padding_idx is not None:
             moves_U &= global_U != training.padding_idx
-        return RowGradients(rows_U[moves_U], grad_UD[moves_U], num_ids)
+        return RowGradients(rows_U[moves_U], grad_UD[moves_U], counts_U[moves_U])
 
-    def update(self, gradients: RowGradients) -> Generator[torch.Tensor, torch.Tensor, None]:
-        """Updates rows of the block.
+    def updated(self, gradients: RowGradients) -> Generator[torch.Tensor, torch.Tensor, NewRows]:
+        """What the next update makes of rows of the block, which stay as they are until `write`.
 
         Args:
             gradients: Movable rows and their gradients.
@@ -65,52 +79,67 @@ class ShardRows:
         Yields:
             Sums over the columns of this block, float32 [U, k]; is to be sent those over all
             columns of the table.
+
+        Returns:
+            The rows as they are to be.
         """
         rows_U, grad_UD, _ = gradients
-        settings = self.settings
+        num_updates = self.settings["step"] + 1
         gathered = {name: value.index_select(0, rows_U) for name, value in self.state.items()}
         new_UD = yield from update_rows(
             type(self.training.optimizer),
-            settings,
+            self.settings,
             weight_UD=self.weight_RD.index_select(0, rows_U).float(),
             grad_UD=grad_UD,
             state=gathered,
-            num_updates=settings["step"],
+            num_updates=num_updates,
             embedding_dim=self.embedding_dim,
         )
-        for name, value in gathered.items():
-            self.state[name].index_copy_(0, rows_U, value)
-        rounded_UD = self._rounded(new_UD, rows_U)
-        self.weight_RD.index_copy_(0, rows_U, rounded_UD)
-        self.check = torch.linalg.vector_norm(grad_UD) + rounded_UD.sum(dtype=torch.float32)
+        return NewRows(rows_U, self._rounded(new_UD, rows_U, num_updates), gathered)
 
-    def fault(self, gradients: RowGradients) -> str | None:
-        """What is not finite after an update, if anything: "row 3 is nan".
+    def write(self, new: NewRows) -> None:
+        """Takes over what `updated` returned."""
+        for name, value in new.state.items():
+            self.state[name].index_copy_(0, new.rows_U, value)
+        self.weight_RD.index_copy_(0, new.rows_U, new.weight_UD)
+
+    @staticmethod
+    def check(gradients: RowGradients, new: NewRows) -> torch.Tensor:
+        """A number that is finite only if all values of an update are, float32; a scalar."""
+        values = (gradients.grad_UD, new.weight_UD, *new.state.values())
+        return torch.stack([value.sum(dtype=torch.float32) for value in values]).sum()
+
+    def fault(self, gradients: RowGradients, new: NewRows | None) -> tuple[int, str] | None:
+        """What is not finite in an update that was not written, if anything.
 
         Args:
-            gradients: The rows that were updated.
+            gradients: The rows to update.
+            new: What becomes of them, if that is known.
 
         Returns:
-            The first such row of the table, and its gradient or value.
+            The first such local row, and words for it: "row 3 of table 'user' is nan".
         """
-        rows_U, grad_UD, _ = gradients
-        values = {
-            "the gradient of row": grad_UD,
-            "row": self.weight_RD.index_select(0, rows_U),
-            **{
-                f"{name} of row": value.index_select(0, rows_U).view(len(rows_U), -1)
-                for name, value in self.state.items()
-            },
-        }
-        for what, value_UD in values.items():
-            bad_UD = ~torch.isfinite(value_UD)
-            if bad_UD.any():
-                at, column = bad_UD.nonzero()[0].tolist()
-                row = int(rows_U[at]) + self.first_row
-                return f"{what} {row} of table {self.table!r} is {float(value_UD[at, column])}"
+        rows_U = gradients.rows_U
+        held = {name: value.index_select(0, rows_U) for name, value in self.state.items()}
+        values = [
+            ("the gradient of row", "is", gradients.grad_UD),
+            ("row", "is", self.weight_RD.index_select(0, rows_U)),
+            *((f"{name} of row", "is", value) for name, value in held.items()),
+        ]
+        if new is not None:
+            values.append(("row", "becomes", new.weight_UD))
+            values += [(f"{name} of row", "becomes", new.state[name]) for name in new.state]
+        for what, verb, value_UD in values:
+            bad = (~torch.isfinite(value_UD)).nonzero()
+            if len(bad):
+                row, value = int(rows_U[bad[0, 0]]), float(value_UD[tuple(bad[0])])
+                where = f"row {row + self.first_row} of table {self.table!r}"
+                return row, f"{what.removesuffix('row')}{where} {verb} {value}"
         return None
 
-    def _rounded(self, new_UD: torch.Tensor, rows_U: torch.Tensor) -> torch.Tensor:
+    def _rounded(
+        self, new_UD: torch.Tensor, rows_U: torch.Tensor, num_updates: int
+    ) -> torch.Tensor:
         dtype = self.weight_RD.dtype
         if dtype == torch.float32 or self.training.rounding == "nearest":
             return new_UD.to(dtype)
@@ -120,5 +149,5 @@ class ShardRows:
             key=self.key,
             rows_U=rows_U + self.first_row,
             first_column=self.first_column,
-            num_updates=self.settings["step"],
+            num_updates=num_updates,
         )

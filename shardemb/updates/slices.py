@@ -1,35 +1,56 @@
 """Sums over whole rows, where ranks hold different columns of them."""
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 
-Update = Generator[torch.Tensor, torch.Tensor, None]
+T = TypeVar("T")
 
 
-def run_together(updates: Iterable[tuple[Update, dist.ProcessGroup | None]]) -> None:
+def run_together(
+    updates: Iterable[tuple[Generator[torch.Tensor, torch.Tensor, T], dist.ProcessGroup | None]],
+) -> list[T]:
     """Runs updates side by side, with one collective a round for each group of ranks.
 
     Args:
         updates: Each with the ranks that hold the other columns of its rows, if there are any. All
             ranks of a group run the same updates of it in the same order.
+
+    Returns:
+        What each returned.
     """
-    waiting = [(update, group, next(update, None)) for update, group in updates]
-    while waiting := [entry for entry in waiting if entry[2] is not None]:
-        sums = [part for _, _, part in waiting if part is not None]
-        totals = _summed(sums, [group for _, group, _ in waiting])
-        waiting = [
-            (update, group, _sent(update, total))
-            for (update, group, _), total in zip(waiting, totals, strict=True)
-        ]
+    runs = [_Run(update, group) for update, group in updates]
+    while waiting := [(run, run.asked) for run in runs if run.asked is not None]:
+        totals = _summed([asked for _, asked in waiting], [run.group for run, _ in waiting])
+        for (run, _), total in zip(waiting, totals, strict=True):
+            run.go_on(total)
+    return [run.result for run in runs]
 
 
-def _sent(update: Update, total: torch.Tensor) -> torch.Tensor | None:
-    try:
-        return update.send(total)
-    except StopIteration:
-        return None
+class _Run(Generic[T]):
+    """An update, and what it asks for or has returned."""
+
+    result: T
+
+    def __init__(
+        self,
+        update: Generator[torch.Tensor, torch.Tensor, T],
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.group, self._update = group, update
+        self._step(lambda: next(update))
+
+    def go_on(self, total: torch.Tensor) -> None:
+        self._step(lambda: self._update.send(total))
+
+    def _step(self, step: Callable[[], torch.Tensor]) -> None:
+        self.asked: torch.Tensor | None = None
+        try:
+            self.asked = step()
+        except StopIteration as end:
+            self.result = end.value
 
 
 def _summed(
