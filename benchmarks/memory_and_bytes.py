@@ -77,7 +77,7 @@ def train(tables: Sequence[se.TableConfig], case: Case, env: Env) -> Trained:
         with se.CollectiveCounter() as counter:
             optimizer.zero_grad()
             sharded(batch).backward()
-        optimizer.step()
+            optimizer.step()
         sent.append(counter.sent_bytes)
     return Trained(plan=plan, model=sharded, optimizer=optimizer, sent_bytes=sent[case.warmup :])
 

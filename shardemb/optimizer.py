@@ -220,7 +220,15 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
             raise_first([fault], step=self.num_steps, rest="do not save the model")
 
     def _dense_grads(self) -> dict[str, torch.Tensor]:
-        return {name: p.grad for name, p in self.dense_parameters.items() if p.grad is not None}
+        """The values of the dense parameters' gradients, also of those that torch keeps sparse."""
+        grads = {}
+        for name, parameter in self.dense_parameters.items():
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()
+                grads[name] = parameter.grad.values()
+            elif parameter.grad is not None:
+                grads[name] = parameter.grad
+        return grads
 
     @property
     def num_steps(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torchrec import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from shardemb.layouts import LAYOUTS, DataParallel
+from shardemb.layouts import LAYOUTS
 from shardemb.modules.discovery import Collection
 
 
@@ -25,65 +25,18 @@ class _Output:
         feature: The key in the batch.
         mean: Whether it is a sum, to be divided by the number of its ids.
         frozen: Whether its table is not to be updated.
-        replicated: Whether every rank has the whole table, and waits for a gradient.
     """
 
     feature: str
     mean: bool
     frozen: bool
-    replicated: bool
 
     def of(self, values: torch.Tensor, batch: KeyedJaggedTensor) -> torch.Tensor:
         """The values that the unsharded collection would return."""
         if self.mean:
             lengths_B = batch[self.feature].lengths()
             values = values / lengths_B.clamp(min=1).unsqueeze(1)
-        if self.frozen:
-            # DistributedDataParallel needs a gradient, be it zero, of every replicated table
-            values = _without_gradient(values) if self.replicated else values.detach()
-        return values
-
-
-def _without_gradient(values: torch.Tensor) -> torch.Tensor:
-    same: torch.Tensor = _WithoutGradient.apply(values)  # type: ignore[no-untyped-call]
-    return same
-
-
-class _WithoutGradient(torch.autograd.Function):
-    """The identity, whose gradient is zero but there."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
-        return torch.zeros_like(gradients[0])
-
-
-class _OneBackward:
-    """A gradient hook of a replicated table's output: refuses a second backward of one forward.
-
-    DistributedDataParallel averages gradients over ranks in the first only; after a second the
-    replicas would go apart.
-    """
-
-    def __init__(self) -> None:
-        self._done = False
-
-    def __call__(self, gradient: torch.Tensor) -> None:  # noqa: ARG002
-        if self._done:
-            raise ValueError(
-                "a data_parallel table takes part in a second backward of one forward, whose "
-                "gradients would not be averaged over the ranks; add the losses up and call "
-                "backward once, or do another forward"
-            )
-        self._done = True
-
-
-def _watch(values: torch.Tensor) -> None:
-    if values.requires_grad:
-        values.register_hook(_OneBackward())
+        return values.detach() if self.frozen else values
 
 
 def outputs_of(collection: Collection, layout_of: Mapping[str, str]) -> dict[str, _Output]:
@@ -101,7 +54,6 @@ def outputs_of(collection: Collection, layout_of: Mapping[str, str]) -> dict[str
             feature=feature,
             mean=table.pooling == "mean" and LAYOUTS[layout_of[table.name]].splits_rows,
             frozen=not table.trainable,
-            replicated=layout_of[table.name] == DataParallel.torchrec_name,
         )
         for name, feature, table in collection.outputs
     }
@@ -123,15 +75,12 @@ class FinishPooled:
     def __init__(self, outputs: Mapping[str, _Output], *, declared_order: bool) -> None:
         self._outputs, self._declared_order = outputs, declared_order
         self._only_order = not any(output.mean or output.frozen for output in outputs.values())
-        self._replicated = any(output.replicated for output in outputs.values())
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
         """What torch calls after a forward."""
         output.callbacks.append(lambda pooled: self._finish(pooled, args[0]))
 
     def _finish(self, pooled: KeyedTensor, batch: KeyedJaggedTensor) -> KeyedTensor:
-        if self._replicated:
-            _watch(pooled.values())
         keys = list(self._outputs if self._declared_order else pooled.keys())
         if self._only_order and list(pooled.keys()) == keys:
             return pooled
@@ -164,9 +113,6 @@ class FinishSequences:
     def _finish(
         self, rows: Mapping[str, JaggedTensor], batch: KeyedJaggedTensor
     ) -> dict[str, JaggedTensor]:
-        for name, output in self._outputs.items():
-            if output.replicated:
-                _watch(rows[name].values())
         return {
             name: JaggedTensor(
                 values=output.of(rows[name].values(), batch),

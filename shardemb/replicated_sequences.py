@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchrec import KeyedJaggedTensor
+from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbedding
 from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 
 
@@ -21,7 +21,7 @@ def keep_replicated_sequences_apart(module: ShardedEmbeddingModule) -> None:
         module: The collection, which is changed.
     """
     for lookup in module._lookups:
-        if isinstance(lookup, DistributedDataParallel):
+        if any(isinstance(kernel, BatchedDenseEmbedding) for kernel in lookup.modules()):
             lookup.register_forward_pre_hook(_one_id_per_bag)
             lookup.register_forward_hook(_rows_of_ids)
 
@@ -37,14 +37,12 @@ def _one_id_per_bag(module: nn.Module, args: tuple[Any, ...]) -> KeyedJaggedTens
     )
 
 
-def _rows_of_ids(
-    module: DistributedDataParallel, args: tuple[Any, ...], flat: torch.Tensor
-) -> torch.Tensor:
+def _rows_of_ids(module: nn.Module, args: tuple[Any, ...], flat: torch.Tensor) -> torch.Tensor:
     """The rows of the ids of each feature, flat, without those of bags that only fill up."""
     features: KeyedJaggedTensor = args[0]
     bags, counts = features.stride(), features.length_per_key()
     width = flat.numel() // (bags * len(counts))
-    of_groups = module.module._feature_splits
+    of_groups: Any = module._feature_splits
     groups = flat.split([bags * width * number for number in of_groups])
     rows = [
         rows_BD

@@ -18,6 +18,7 @@ from shardemb.env import Env
 from shardemb.errors import RunError
 from shardemb.layouts import DataParallel
 from shardemb.modules.discovery import Collection, Table, find_collections, tables_of
+from shardemb.one_backward import refuse_second_backwards
 from shardemb.optim import SGD, SparseOptimizer
 from shardemb.outputs import FinishPooled, FinishSequences, outputs_of
 from shardemb.placement import ShardingPlan, TablePlacement
@@ -123,6 +124,8 @@ def shard_modules(
                 keep_replicated_sequences_apart(module)
             module.register_forward_hook(FinishSequences(outputs))
     note_tables(sharded, tables)
+    if env.world_size > 1:
+        refuse_second_backwards(sharded)
     return sharded
 
 

@@ -11,7 +11,8 @@ W ranks of N nodes of L (the classes are of torchrec/distributed):
   `All2All_Seq_Req`; row_wise by a reduce-scatter, whose gradient is an all-gather:
   `ReduceScatterBase_Req`; table_row_wise and grid_shard by a reduce-scatter between the L ranks of
   a node and an all-to-all between the N ranks of one number: `TwRwPooledEmbeddingDist`;
-- of data_parallel tables nothing but the gradient of all rows, by an all-reduce.
+- of data_parallel tables that are trained nothing but which rows were touched, a byte for each, and
+  the gradient of all rows, by all-reduces of our own: `shardemb.updates.replicated`.
 """
 
 # T tables, W ranks, S shards of a table
@@ -35,12 +36,11 @@ _IN_NODES = {TableRowWise.torchrec_name, GridShard.torchrec_name}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Traffic:
-    """What each table costs each rank in the forward and backward pass of a step.
+    """What each table costs each rank in a step: forward, backward and update.
 
     Sent is what leaves a rank, counted as in `shardemb.CollectiveCounter`, which counts the same
-    in passes that run. The optimizer's step sends less, which is not in it: some numbers; a byte
-    for each row of a data-parallel table; where columns are split, 4 bytes for each sum over a
-    whole row that an optimizer needs.
+    in a step that runs. Not in it is what updates need beside gradients: a few numbers; and where
+    columns are split, 4 bytes for each sum over a whole row that an optimizer needs.
 
     Attributes:
         tables: Names of the tables, as in the plan.
@@ -171,11 +171,12 @@ def _of_table(table: TablePlacement, plan: ShardingPlan, *, has_gradient: bool) 
 
 
 def _of_replicas(table: TablePlacement, batch: _Batch) -> _TableTraffic:
-    """Every rank looks up its own batch; a frozen table has a gradient too, of zeros."""
+    """Every rank looks up its own batch."""
     size = len(batch.ids_W)
-    gradient = table.num_embeddings * table.embedding_dim * _FLOAT32
+    gradient = table.num_embeddings * table.embedding_dim * _FLOAT32 if table.trainable else 0
+    touched = table.num_embeddings if table.trainable else 0
     return _TableTraffic(
-        sent_bytes_W=np.full(size, 2 * (size - 1) * gradient / size),
+        sent_bytes_W=np.full(size, 2 * (size - 1) * (gradient + touched) / size),
         activation_bytes_W=batch.question_bytes_W + 2 * batch.answer_bytes_W + gradient,
         lookups_W=batch.ids_W,
     )
@@ -253,13 +254,8 @@ def _groups_with_gradient(plan: ShardingPlan) -> set[tuple[str, str]]:
 
     Pooled features of a collection are one tensor, so one trainable table gives all groups some.
     """
-    pooled = {
-        table.module
-        for table in plan.tables
-        if table.pooling is not None
-        and (table.trainable or table.layout == DataParallel.torchrec_name)
-    }
     trainable = {_group(table) for table in plan.tables if table.trainable}
+    pooled = {table.module for table in plan.tables if table.pooling and table.trainable}
     return trainable | {_group(table) for table in plan.tables if table.module in pooled}
 
 

@@ -14,7 +14,7 @@ from shardemb import init, layouts, optim
 from shardemb.env import Env
 from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
-from tests.every_layout import Case, Loss, batch_of, check, whole_table
+from tests.every_layout import Case, check, whole_table
 from tests.spmd import spmd
 
 OPTIMIZERS: tuple[SparseOptimizer, ...] = (
@@ -257,22 +257,6 @@ def test_what_a_layout_cannot_compute_is_refused_with_what_can() -> None:
     where = {name: layouts.column_wise(ranks=[0, 1]) for name in ("user", "item")}
     with pytest.raises(ValueError, match="have slices of 8 and 4 columns, and TorchRec needs one"):
         se.plan_sharding(sequences, env, where | {"wide": layouts.column_wise(ranks=[0, 1, 2, 3])})
-
-
-@spmd(world_size=2)
-def test_a_second_backward_of_one_forward_is_refused_for_replicas_alone(env: Env) -> None:
-    tables = make_tables(optim.SGD(lr=0.005))
-    for layout in (layouts.row_wise(), layouts.data_parallel()):
-        case = Case(tables=tables, where=dict.fromkeys(NAMES, layout), num_samples=[4, 4])
-        model = Loss(case, case.collection("meta"))
-        sharded = se.shard_modules(model, se.plan_sharding(model, env, case.where), env)
-        loss, _ = sharded(batch_of(case, 0, env.rank))
-        loss.backward(retain_graph=True)
-        if layout == layouts.row_wise():
-            loss.backward()
-            continue
-        with pytest.raises(ValueError, match="in a second backward of one forward, whose grad"):
-            loss.backward()
 
 
 @pytest.mark.gpu

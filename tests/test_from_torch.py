@@ -13,7 +13,7 @@ from shardemb.env import Env
 from shardemb.layouts import Layout
 from shardemb.modules.discovery import find_collections, tables_of
 from shardemb.optim import SparseOptimizer
-from tests.converted import weights_of
+from tests.converted import torch_optimizer, weights_of
 from tests.spmd import spmd
 from tests.torch_lookups import Lookups, batch_of, samples_of
 
@@ -161,22 +161,26 @@ def test_sharded_modules_are_known_to_all_that_refers_to_them(env: Env) -> None:
 
 
 @spmd(world_size=2)
-def test_a_second_lookup_in_a_step_is_refused_unless_the_table_is_frozen(env: Env) -> None:
-    sharded = shard(se.from_torch(Ratings(times=2), SGD), env)
-    pipeline = se.TrainPipeline(sharded, se.build_optimizer(sharded), env)
-    with pytest.raises(ValueError, match=r"features \['item\.input'\] is looked up twice in one"):
-        list(pipeline.run([ratings()], 1))
-    for layout in (layouts.row_wise(), layouts.data_parallel()):
-        torch.manual_seed(0)
-        model = Ratings(times=3, frozen=True)
-        expected = model(ratings())
-        se.from_torch(model, SGD)
-        plan = se.plan_sharding(model, env, {"user": layout, "item": layout})
-        sharded = se.shard_modules(model, plan, env)
-        pipeline = se.TrainPipeline(sharded, se.build_optimizer(sharded), env)
-        first, second = (float(loss) for _, loss in pipeline.run([ratings()] * 2, 2))
-        torch.testing.assert_close(first, float(expected), rtol=1e-6, atol=1e-6)
-        assert second < first
+def test_lookups_of_one_module_in_a_step_are_updated_once_as_in_torch(env: Env) -> None:
+    for layout in (layouts.row_wise(), layouts.table_wise(rank=0), layouts.data_parallel()):
+        for frozen in (False, True):
+            torch.manual_seed(0)
+            model = Ratings(times=3, frozen=frozen)
+            plain = copy.deepcopy(model)
+            dense = torch_optimizer(plain, SGD)
+            se.from_torch(model, SGD)
+            plan = se.plan_sharding(model, env, {"user": layout, "item": layout})
+            sharded = se.shard_modules(model, plan, env)
+            pipeline = se.TrainPipeline(sharded, se.build_optimizer(sharded), env)
+            for _, loss in pipeline.run([ratings()] * 2, 2):
+                expected = plain(ratings())
+                dense.zero_grad()
+                expected.backward()
+                dense.step()
+                torch.testing.assert_close(loss.float(), expected, rtol=1e-6, atol=1e-6)
+            after = weights_of(sharded, plain)
+            for name, weight in plain.state_dict().items():
+                torch.testing.assert_close(after[name], weight, rtol=1e-6, atol=1e-6)
 
 
 @spmd(world_size=2)

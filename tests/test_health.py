@@ -30,7 +30,7 @@ OPTIMIZERS: Sequence[SparseOptimizer] = (
 
 
 def tables_of(names: Sequence[str]) -> list[se.TableConfig]:
-    """Tables of two features each, of which one has frozen rows and one a padding row."""
+    """Tables of two features each; of some the first rows are frozen, or one is padding."""
     tables = [
         se.TableConfig(
             name=name,
@@ -42,7 +42,8 @@ def tables_of(names: Sequence[str]) -> list[se.TableConfig]:
         for number, name in enumerate(names)
     ]
     tables[0] = replace(tables[0], frozen_rows=7)
-    tables[-1] = replace(tables[-1], frozen_rows=3)
+    tables[1] = replace(tables[1], padding_idx=0)
+    tables[-1] = replace(tables[-1], frozen_rows=3, padding_idx=9)
     return tables
 
 
@@ -99,7 +100,7 @@ class Count:
 
     def __init__(self, table: se.TableConfig) -> None:
         self.table = table
-        self.never = set(range(table.frozen_rows, table.num_embeddings))
+        self.never = set(range(table.frozen_rows, table.num_embeddings)) - {table.padding_idx}
         self.ids: list[int] = []
 
     def step(self, batches: Sequence[Mapping[str, list[list[int]]]]) -> None:
@@ -109,7 +110,7 @@ class Count:
             for feature in self.table.feature_names
             for bag in batch[feature]
             for i in bag
-            if i >= self.table.frozen_rows
+            if i >= self.table.frozen_rows and i != self.table.padding_idx
         ]
         self.never -= set(self.ids)
 
@@ -219,7 +220,7 @@ def test_a_report_counts_what_the_batches_of_all_ranks_hold_on_two_nodes(env: En
 
 @spmd(world_size=1)
 def test_counting_begins_where_it_is_begun_and_takes_the_update_from_fbgemm(env: Env) -> None:
-    table = replace(tables_of(["a"])[0], frozen_rows=0)
+    table = replace(tables_of(["a", "b"])[0], frozen_rows=0)
     model = nn.Sequential(se.EmbeddingBagCollection([table]))
     where = {"a": layouts.table_wise(rank=0)}
     sharded = se.shard_modules(model, se.plan_sharding(model, env, where), env)

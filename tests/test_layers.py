@@ -129,6 +129,7 @@ LAYERS = (
     {
         "rows",
         "outputs",
+        "one_backward",
         "uneven_batches",
         "replicated_sequences",
         "shard",
@@ -136,7 +137,7 @@ LAYERS = (
         "health",
     },
     {"checkpoint"},
-    {"pipeline"},
+    {"step_batches", "pipeline"},
     {"metrics", "models", "models.dlrm"},
     {
         "recipes",

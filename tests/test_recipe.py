@@ -139,6 +139,20 @@ def test_a_run_refuses_to_overwrite_and_resumes_to_where_an_uninterrupted_one_en
     ]
     assert sorted(path.name for path in (cut / "checkpoints").iterdir()) == ["00000020", "00000030"]
 
+    parts, clipped = tmp_path / "parts", tmp_path / "clipped"
+    fewer = ("--num-micro-batches", "2", "--max-norm", "1000")  # which no step has
+    assert train(*every, "--out", str(parts), "--steps", "20", *fewer).returncode == 0
+    resumed = train("--out", str(parts), "--resume", "--steps", "30", "--num-micro-batches", "4")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (
+        train(*every, "--out", str(clipped), "--steps", "30", "--max-norm", "0.01").returncode == 0
+    )
+    losses = {folder: [loss for _, loss in progress(folder)] for folder in (whole, parts, clipped)}
+    assert losses[parts] == pytest.approx(losses[whole], rel=1e-5)
+    assert losses[clipped] != pytest.approx(losses[whole], rel=1e-3)
+    refused = train("--out", str(tmp_path / "seven"), "--num-micro-batches", "7")
+    assert "a batch of 64 samples does not divide by 7 micro-batches of 1 ranks" in refused.stderr
+
     nowhere = train("--out", str(tmp_path / "nowhere"), "--resume")
     assert nowhere.returncode == 1
     assert "there is no run to resume in" in nowhere.stderr
@@ -294,6 +308,8 @@ def test_a_bad_config_is_refused_by_name(
     [
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--health-every", "-1"], "health_every must not be negative, got -1"),
+        (["--num-micro-batches", "0"], "num_micro_batches must be at least 1, got 0"),
+        (["--max-norm", "-1"], "max_norm must be a positive number, got -1.0"),
         (["--row-wise", "C27"], "row_wise names table 'C27'; the tables are C1 to C26"),
         (["--stpes", "5"], "Unrecognized options: --stpes"),
     ],

@@ -65,8 +65,6 @@ class GuardedForward:
         self.guard = IdGuard(limits, is_weighted=is_weighted)
         self.checked: list[CheckedBatch] = []
         """Batches that need no further check."""
-        self.lookups_left: int | None = None
-        """Lookups until the next update, each of which would be an update of its own."""
         self._check_ids, self._padding_of = check_ids, padding_of
         self._keys = self.guard.feature_names
 
@@ -102,7 +100,6 @@ class GuardedForward:
                 "feature, be it empty"
             )
         self._check_weights(batch)
-        self._count()
         self.guard.check_features(batch)
         if self._check_ids and not any(checked.is_in(batch) for checked in self.checked):
             self.guard.check(batch)
@@ -128,16 +125,6 @@ class GuardedForward:
                 "weights of ids get no gradient in a sharded lookup; detach them"
             )
 
-    def _count(self) -> None:
-        if self.lookups_left is None or not torch.is_grad_enabled():
-            return
-        if self.lookups_left == 0:
-            raise ValueError(
-                f"the collection of features {self._keys} is looked up twice in one step, and "
-                "each lookup would update its rows by itself; look all ids up in one batch"
-            )
-        self.lookups_left -= 1
-
 
 def guards_of(model: nn.Module) -> list[GuardedForward]:
     """The guards that `shard_modules` put on the collections of a model."""
@@ -146,13 +133,10 @@ def guards_of(model: nn.Module) -> list[GuardedForward]:
 
 
 @contextmanager
-def one_step(
-    guards: Sequence[GuardedForward], checked: Sequence[tuple[GuardedForward, CheckedBatch]]
-) -> Iterator[None]:
-    """Runs a forward with one lookup a collection, which passes batches that were checked already.
+def known_batches(checked: Sequence[tuple[GuardedForward, CheckedBatch]]) -> Iterator[None]:
+    """Runs a forward that passes batches which were checked already.
 
     Args:
-        guards: All guards of the model.
         checked: Guards, and the batches that each has checked.
 
     Yields:
@@ -160,11 +144,8 @@ def one_step(
     """
     for guarded, batch in checked:
         guarded.checked.append(batch)
-    for guarded in guards:
-        guarded.lookups_left = 1
     try:
         yield
     finally:
-        for guarded in guards:
+        for guarded, _ in checked:
             guarded.checked.clear()
-            guarded.lookups_left = None

@@ -20,6 +20,7 @@ _MAY_DIFFER = {
     "out",
     "resume",
     "steps",
+    "num_micro_batches",
     "log_every",
     "checkpoint_every",
     "health_every",

@@ -59,6 +59,9 @@ class Config:
     batch_size: int | None = None
     """Samples of a step on all ranks together; by default 960, which many numbers of ranks divide,
     or for small data its half, quarter and so on that gives 100 steps a pass."""
+    num_micro_batches: int = 1
+    """Parts of a step that each rank computes one after the other, before its one update: the same
+    step in less memory."""
     seed: int = 0
     """Of the initial values of rows and dense parameters, and of the generated log."""
     num_embeddings: int = 100_000
@@ -75,6 +78,9 @@ class Config:
     """Learning rate of the rows (row-wise Adagrad)."""
     dense_lr: float = 1e-3
     """Learning rate of the dense parameters (AdamW)."""
+    max_norm: float | None = None
+    """Largest norm of all gradients of a step together, of rows and dense parameters; larger ones
+    are scaled down to it. By default they are not."""
     log_every: int = 50
     """Steps between two lines of progress."""
     health_every: int = 0
@@ -96,9 +102,12 @@ class Config:
         for name in ("sparse_lr", "dense_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
+        if self.max_norm is not None and not 0 < self.max_norm < math.inf:
+            raise ValueError(f"max_norm must be a positive number, got {self.max_norm}")
         for name in (
             "num_embeddings",
             "embedding_dim",
+            "num_micro_batches",
             "log_every",
             "checkpoint_every",
             "generated_rows",
@@ -134,6 +143,7 @@ def train(config: Config, env: Env) -> None:
     num_samples = split.train.num_lines if split else config.generated_rows
     batch_size = config.batch_size or default_batch_size(num_samples)
     workload = workload_of(batch_size, env.world_size)
+    micro_batch_size = micro_batch_size_of(batch_size, config.num_micro_batches, env.world_size)
     model = build_model(config)
     plan = build_plan(without_plan_of_others(config, env), model, env, workload)
     open_run(folder, config_to_toml(config), env, resume=config.resume)
@@ -147,7 +157,7 @@ def train(config: Config, env: Env) -> None:
     make_loader = partial(
         CriteoLoader,
         env=env,
-        batch_size=batch_size,
+        batch_size=micro_batch_size,
         num_embeddings_F=[config.num_embeddings] * len(CATEGORY_NAMES),
         max_malformed=config.max_malformed,
     )
@@ -159,7 +169,11 @@ def train(config: Config, env: Env) -> None:
     # Shards, optimizer
     say(f"\n{plan}\n")
     model = se.shard_modules(model, plan, env, declared_order=False)  # DLRM reads by name
-    optimizer = se.build_optimizer(model, dense=lambda p: torch.optim.AdamW(p, lr=config.dense_lr))
+    optimizer = se.build_optimizer(
+        model,
+        dense=lambda p: torch.optim.AdamW(p, lr=config.dense_lr),
+        max_norm=config.max_norm,
+    )
 
     # Resume
     first_step = 0
@@ -177,7 +191,7 @@ def train(config: Config, env: Env) -> None:
     by_main(env, f"writing to {folder.path}", write_down)
 
     # Train
-    loader = make_loader(split.train, start_step=first_step)
+    loader = make_loader(split.train, start_step=first_step * config.num_micro_batches)
     progress = Progress(
         folder if env.is_main else None,
         num_steps=num_steps,
@@ -186,7 +200,7 @@ def train(config: Config, env: Env) -> None:
         first_step=first_step,
     )
     health = se.TrainingHealth(optimizer) if config.health_every else None
-    pipeline = se.TrainPipeline(model, optimizer, env)
+    pipeline = se.TrainPipeline(model, optimizer, env, num_micro_batches=config.num_micro_batches)
     for step, loss in pipeline.run(loader, num_steps, first_step=first_step):
         progress.step(step, loss)
         if health and step % config.health_every == 0:
@@ -259,6 +273,21 @@ def workload_of(batch_size: int, world_size: int, profile: DataProfile | None = 
             f"--batch-size a multiple of {world_size}"
         )
     return Workload(batch_size=batch_size // world_size, profile=profile)
+
+
+def micro_batch_size_of(batch_size: int, num_micro_batches: int, world_size: int) -> int:
+    """Samples of a micro-batch on all ranks together.
+
+    Raises:
+        ValueError: The batch does not divide by the micro-batches of all ranks.
+    """
+    if batch_size % (num_micro_batches * world_size):
+        raise ValueError(
+            f"a batch of {batch_size} samples does not divide by {num_micro_batches} micro-batches "
+            f"of {world_size} ranks; give --batch-size a multiple of "
+            f"{num_micro_batches * world_size}"
+        )
+    return batch_size // num_micro_batches
 
 
 def build_plan(

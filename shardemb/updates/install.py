@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.batched_embedding_kernel import (
     BatchedFusedEmbedding,
     BatchedFusedEmbeddingBag,
@@ -76,6 +77,10 @@ def is_fused(training: RowTraining, *, dtype: str, slices: bool) -> bool:
 class _WithRowKernels:
     """A sharded collection that puts our kernels where its lookups have FBGEMM's.
 
+    Its replicated tables are not in a DistributedDataParallel, which averages gradients in every
+    backward pass, and wrongly where there are two after a forward; `merge_replicated` does so once,
+    in `step`.
+
     Args:
         trained: By the names of tables; the others are frozen.
         options: What TorchRec's class takes.
@@ -84,17 +89,22 @@ class _WithRowKernels:
     def __init__(self, *, trained: Mapping[str, Trained], **options: Any) -> None:
         self._trained = trained  # before the rest: TorchRec makes its lookups as it is made
         super().__init__(**options)
+        self._lookups: list[nn.Module] = [
+            lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
+            for lookup in self._lookups
+        ]
 
     def _create_lookups(self) -> None:
         """Makes the lookups, as TorchRec asks for it."""
         super()._create_lookups()  # type: ignore[misc]
+        kernels_of: list[Any] = [lookup._emb_modules for lookup in self._lookups]
         self._row_kernels = [
             [
                 _install(kernel, self._trained)
-                for kernel in lookup._emb_modules
+                for kernel in kernels
                 if isinstance(kernel, (BatchedFusedEmbeddingBag, BatchedFusedEmbedding))
             ]
-            for lookup in self._lookups  # type: ignore[attr-defined]
+            for kernels in kernels_of
         ]
 
     def compute_and_output_dist(self, ctx: Any, input: Any) -> Any:

@@ -28,12 +28,11 @@ _ROWS = "_shardemb_rows"
 class ReplicatedRows:
     """A trained table that every rank holds.
 
-    DistributedDataParallel averages a gradient of the whole table, which does not tell a row that
-    was looked up from one that was not.
+    The gradient of the whole table does not tell a row that was looked up from one that was not.
 
     Attributes:
         rows: What is to be updated.
-        weight: Its parameter, which takes the gradient.
+        weight: Its parameter, which takes the gradient: of this rank until the step.
         counts_R: How many ids of this rank looked each row up since the gradients were forgotten,
             int32 [R].
         lookups: The pooled lookups since then, with the table's features and the number of all in
@@ -163,7 +162,7 @@ def merge_replicated(tables: Sequence[ReplicatedRows]) -> list[tuple[ShardRows, 
         tables: The same on every rank, all of which call this together.
 
     Returns:
-        The movable rows of each table that has a gradient.
+        The movable rows of each table.
     """
     if not tables:
         return []
@@ -173,10 +172,18 @@ def merge_replicated(tables: Sequence[ReplicatedRows]) -> list[tuple[ShardRows, 
     found = []
     sizes = [len(table.counts_R) for table in tables]
     for table, mask_R in zip(tables, touched.split(sizes), strict=True):
-        if table.weight.grad is None:
-            continue
         rows_U = mask_R.nonzero().squeeze(1)
-        grad_UD = table.weight.grad.index_select(0, rows_U)
+        grad_UD = _mean_gradient(table).index_select(0, rows_U)
         gradients = RowGradients(rows_U, grad_UD, table.counts_R.index_select(0, rows_U).long())
         found.append((table.rows, table.rows.movable(gradients)))
     return found
+
+
+def _mean_gradient(table: ReplicatedRows) -> torch.Tensor:
+    """The mean of all ranks' gradients of a table [R, D], which then is each rank's."""
+    if table.weight.grad is None:  # nothing of it is in this rank's loss
+        table.weight.grad = torch.zeros_like(table.rows.weight_RD)
+    grad_RD = table.weight.grad
+    if dist.get_world_size() > 1:
+        dist.all_reduce(grad_RD.div_(dist.get_world_size()))
+    return grad_RD
