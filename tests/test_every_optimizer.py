@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+import pytest
+import torch
+
 import shardemb as se
 from shardemb import init, layouts, optim
 from shardemb.env import Env
@@ -87,3 +90,12 @@ def test_every_optimizer_under_every_layout_equals_unsharded_float64_on_two_rank
 def test_every_optimizer_under_every_layout_equals_unsharded_float64_on_two_nodes(env: Env) -> None:
     for one in cases(env):
         check(env, one)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@spmd(world_size=1, device="cuda")
+def test_every_optimizer_equals_unsharded_float64_on_cuda(env: Env) -> None:
+    check(env, case(env, layouts.table_wise(rank=0), sequence=False))
+    check(env, case(env, layouts.table_wise(rank=0), sequence=True))
+    check(env, case(env, layouts.data_parallel(), sequence=False))

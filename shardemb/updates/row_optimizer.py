@@ -157,6 +157,8 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
             group["step"] += 1
         for kernel in self._kernels:
             kernel.done()
+        for table in self._replicated:
+            table.clear()
 
     def fault(self, touched: Touched, new: Sequence[NewRows | None]) -> Fault | None:
         """The first value of an update on this rank that is not finite.
