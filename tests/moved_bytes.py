@@ -30,12 +30,14 @@ class MovedBytes(TorchDispatchMode):
     Attributes:
         read: Bytes.
         written: Bytes.
+        operators: Their names.
     """
 
     def __init__(self, tables: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._row_bytes = {_storage(table): table.nbytes // len(table) for table in tables}
         self.read = self.written = 0
+        self.operators: set[str] = set()
 
     def __torch_dispatch__(
         self,
@@ -46,6 +48,7 @@ class MovedBytes(TorchDispatchMode):
     ) -> Any:
         arguments = dict(_arguments(func, args, kwargs or {}))
         out = func(*args, **(kwargs or {}))
+        self.operators.add(func.name())
         if func.is_view:
             return out
         sizes = self._sizes_in_tables(func, arguments)

@@ -27,7 +27,7 @@ def refuse_huge_pages() -> None:
 
 
 def why_not() -> str | None:
-    """Why pages cannot be counted here, if so: three of sixteen are touched and counted."""
+    """Why pages cannot be counted here, if so: some of a small block are touched and counted."""
     block = torch.ones(18 * _PAGE, dtype=torch.uint8)
     touched = torch.tensor([3, 7, 8]) * _PAGE
     try:
