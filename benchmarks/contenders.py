@@ -2,12 +2,13 @@
 
 # B batch, D embedding_dim
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torchrec
@@ -41,6 +42,7 @@ OPTIMIZERS: dict[str, optim.SparseOptimizer] = {
     "Adagrad": optim.Adagrad(lr=LR),
     "RowWiseAdagrad": optim.RowWiseAdagrad(lr=LR),
 }
+IdArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,44 +80,60 @@ class Mean(nn.Module):
         return values_BD.mean()
 
 
-class Plain(nn.Module):
-    """The same with nn.EmbeddingBag."""
+class Bags(nn.Module):
+    """The same with nn.EmbeddingBags, called one by one.
 
-    def __init__(self) -> None:
+    Args:
+        bags: One for each key of a batch.
+    """
+
+    def __init__(self, bags: Iterable[nn.EmbeddingBag]) -> None:
         super().__init__()
-        self.bags = nn.ModuleList(
-            nn.EmbeddingBag(
-                NUM_EMBEDDINGS, EMBEDDING_DIM, mode="sum", sparse=True, include_last_offset=True
-            )
-            for _ in NAMES
-        )
+        self.bags = nn.ModuleList(bags)
 
     def forward(self, batch: KeyedJaggedTensor) -> torch.Tensor:
         """The loss."""
-        parts = [
-            bag(batch[name].values(), batch[name].offsets())
-            for name, bag in zip(NAMES, self.bags, strict=True)
+        features = [batch[name] for name in batch.keys()]  # noqa: SIM118 - not a dict
+        pooled = [
+            bag(feature.values(), feature.offsets())
+            for bag, feature in zip(self.bags, features, strict=True)
         ]
-        return torch.cat(parts, 1).mean()
+        return torch.cat(pooled, 1).mean()
+
+
+def some_bags(*, sparse: bool) -> Bags:
+    """Those of the tables."""
+    return Bags(
+        nn.EmbeddingBag(
+            NUM_EMBEDDINGS, EMBEDDING_DIM, mode="sum", sparse=sparse, include_last_offset=True
+        )
+        for _ in NAMES
+    )
+
+
+def zipf_ids(num_embeddings: int, shape: tuple[int, ...], count: int) -> Iterator[IdArray]:
+    """Arrays of Zipf(1.05) ids, scattered over the rows."""
+    weights = 1 / np.arange(1, num_embeddings + 1) ** 1.05
+    cdf = np.cumsum(weights / weights.sum())
+    for number in range(count):
+        popular = np.searchsorted(cdf, np.random.default_rng(number).random(shape))
+        yield np.minimum(popular, num_embeddings - 1) * 7919 % num_embeddings
 
 
 def zipf_batches(case: Case, env: Env, count: int = 8) -> list[KeyedJaggedTensor]:
-    """This rank's part of global batches with Zipf(1.05) ids, scattered over the rows."""
+    """This rank's part of global batches."""
     mine = case.batch_size // env.world_size
-    weights = 1 / np.arange(1, NUM_EMBEDDINGS + 1) ** 1.05
-    cdf = np.cumsum(weights / weights.sum())
-    batches = []
-    for number in range(count):
-        size = (NUM_TABLES, case.batch_size * case.ids_per_bag)
-        popular = np.searchsorted(cdf, np.random.default_rng(number).random(size))
-        ids = np.minimum(popular, NUM_EMBEDDINGS - 1) * 7919 % NUM_EMBEDDINGS
-        first = env.rank * mine * case.ids_per_bag
-        part = ids[:, first : first + mine * case.ids_per_bag]
-        lengths = torch.full((NUM_TABLES * mine,), case.ids_per_bag)
-        batches.append(
-            KeyedJaggedTensor(keys=NAMES, values=torch.from_numpy(part.ravel()), lengths=lengths)
-        )
-    return batches
+    first = env.rank * mine * case.ids_per_bag
+    lengths = torch.full((NUM_TABLES * mine,), case.ids_per_bag)
+    shape = (NUM_TABLES, case.batch_size * case.ids_per_bag)
+    parts = (
+        ids[:, first : first + mine * case.ids_per_bag]
+        for ids in zipf_ids(NUM_EMBEDDINGS, shape, count)
+    )
+    return [
+        KeyedJaggedTensor(keys=NAMES, values=torch.from_numpy(part.ravel()), lengths=lengths)
+        for part in parts
+    ]
 
 
 Batches = list[KeyedJaggedTensor]
@@ -135,7 +153,7 @@ def loop(model: nn.Module, optimizer: Any, batches: Batches) -> Callable[[], obj
 
 def plain(case: Case, batches: list[KeyedJaggedTensor]) -> Callable[[], object]:
     """nn.EmbeddingBag with a torch optimizer; Adagrad stands for its row-wise kin."""
-    model = Plain()
+    model = some_bags(sparse=True)
     make = torch.optim.SGD if case.optimizer == "SGD" else torch.optim.Adagrad
     return loop(model, make(model.parameters(), lr=LR), batches)
 

@@ -14,27 +14,25 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from torch import nn
-from torchrec import KeyedJaggedTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import shardemb as se
 from benchmarks.contenders import (
     EMBEDDING_DIM,
-    NAMES,
     NUM_EMBEDDINGS,
     NUM_TABLES,
     OPTIMIZERS,
     Case,
     loop,
     shardemb,
+    some_bags,
     zipf_batches,
 )
 from benchmarks.machine import copy_gb_per_s, describe, random_row_gb_per_s
 from benchmarks.ranks import on_ranks, take_turns
-from benchmarks.script import parser_of, write_result
+from benchmarks.script import listed, parser_of, write_result
 from benchmarks.step import ideal_bytes, summary
 from shardemb import layouts
 from shardemb.env import Env
@@ -43,31 +41,11 @@ from shardemb.text import format_table
 TOGETHER, ALONE = "one EmbeddingBagCollection", "from_torch, table by table"
 
 
-class Bags(nn.Module):
-    """Bags that are called one by one, and a loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb_l = nn.ModuleList(
-            nn.EmbeddingBag(NUM_EMBEDDINGS, EMBEDDING_DIM, mode="sum", include_last_offset=True)
-            for _ in NAMES
-        )
-
-    def forward(self, batch: KeyedJaggedTensor) -> torch.Tensor:
-        """The loss."""
-        features = [batch[name] for name in NAMES]
-        pooled = [
-            bag(feature.values(), feature.offsets())
-            for bag, feature in zip(self.emb_l, features, strict=True)
-        ]
-        return torch.cat(pooled, 1).mean()
-
-
 def converted(case: Case, env: Env) -> tuple[nn.Module, Any]:
     """The bags, sharded as the collection is."""
-    model = se.from_torch(Bags(), OPTIMIZERS[case.optimizer])
+    model = se.from_torch(some_bags(sparse=False), OPTIMIZERS[case.optimizer])
     where: dict[str, layouts.Layout] = {
-        f"emb_l_{number}": layouts.row_wise()
+        f"bags_{number}": layouts.row_wise()
         if case.layout == "row_wise"
         else layouts.table_wise(rank=number % env.world_size)
         for number in range(NUM_TABLES)
@@ -108,10 +86,9 @@ def report(measured: dict[str, Any]) -> str:
         for name, ms in result["ms"].items()
     ]
     header = ("batch x ids", "ranks, layout", "", "ms", "middle half", "ratio", "ideal ms")
-    machine = "\n".join(f"- {name}: {value}" for name, value in measured["machine"].items())
     return f"""# An exchange for each table
 
-{machine}
+{listed(measured["machine"])}
 - tables: {NUM_TABLES} x {NUM_EMBEDDINGS:,} rows x {EMBEDDING_DIM}, float32, Zipf 1.05 ids, SGD
 - {measured["warmup"]} steps of warm-up, {measured["repeats"]} measured
 - memory: copy {measured["copy_gb_per_s"]:.1f} GB/s, random rows of {4 * EMBEDDING_DIM} bytes

@@ -38,7 +38,7 @@ from benchmarks.layout_cases import (
 )
 from benchmarks.machine import describe
 from benchmarks.ranks import GIVE_BACK_FREED, on_ranks
-from benchmarks.script import parser_of, write_result
+from benchmarks.script import listed, parser_of, write_result
 from shardemb.env import Env
 from shardemb.text import format_bytes, format_table
 
@@ -160,7 +160,6 @@ def report(measured: dict[str, Any]) -> str:
             )
         )
     header = ("layout", "planned", "resident", "ratio", "predicted", "sent", "ratio", "of steps")
-    machine = "\n".join(f"- {name}: {value}" for name, value in measured["machine"].items())
     tables = ", ".join(
         f"{table.num_embeddings:,} x {table.embedding_dim} {table.dtype} "
         f"{type(table.optimizer).__name__}"
@@ -169,7 +168,7 @@ def report(measured: dict[str, Any]) -> str:
     ids = ", ".join(map(str, IDS_PER_SAMPLE.values()))
     return f"""# Memory and bytes: predicted and measured
 
-{machine}
+{listed(measured["machine"])}
 - {WORLD_SIZE} ranks as {NUM_NODES} nodes of {WORLD_SIZE // NUM_NODES}, gloo
 - tables: {tables}
 - {BATCH_SIZE} samples a rank, of each table a mean of {ids} ids, the lower ones more often

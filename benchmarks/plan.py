@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import shardemb as se
 from benchmarks.machine import describe
-from benchmarks.script import parser_of, write_result
+from benchmarks.script import listed, parser_of, write_result
 from benchmarks.torchrec_planner import of_plan, rated_ms, some_tables, torchrec_placed
 from shardemb import layouts, optim
 from shardemb.layouts import Layout
@@ -172,11 +172,10 @@ def report(measured: dict[str, Any]) -> str:
     )
     theirs = measured["torchrec_limit_s"]
     ours = OUR_LIMIT * theirs
-    machine = "\n".join(f"- {name}: {value}" for name, value in measured["machine"].items())
     table = format_table(header, rows, right=(0, 1, 3, 4, 5, 6, 7, 8, 9))
     return f"""# What a plan takes: time, memory, and how good it is
 
-{machine}
+{listed(measured["machine"])}
 - planned for nodes of 8 H100s, tables with SGD of 32 to 256 columns, 1,000 rows or more: at most
   {MOST_ROWS:,.0f}, or as many as fill a fifth to a quarter of all memory; 1,024 samples a rank with
   1 to 50 ids a feature

@@ -35,6 +35,11 @@ def parser_of(
     return parser
 
 
+def listed(machine: dict[str, str]) -> str:
+    """What `describe` found, a line each."""
+    return "\n".join(f"- {name}: {value}" for name, value in machine.items())
+
+
 def write_result(measured: dict[str, Any], page: str, out: Path | None, name: str) -> None:
     """Prints the page, and writes it with its JSON where a folder was named."""
     print(page)

@@ -31,26 +31,33 @@ from benchmarks.contenders import (
 )
 from benchmarks.machine import copy_gb_per_s, describe, random_row_gb_per_s
 from benchmarks.ranks import on_ranks, take_turns
-from benchmarks.script import parser_of, write_result
+from benchmarks.script import listed, parser_of, write_result
 from shardemb.env import Env
+from shardemb.optim import SparseOptimizer
 from shardemb.text import format_table
 
 
 def ideal_bytes(case: Case) -> float:
-    """Bytes that a step must move at least, the median over batches.
+    """Bytes that a step must move at least, the median over batches."""
+    touched = median(
+        sum(batch[name].values().unique().numel() for name in NAMES)
+        for batch in zipf_batches(case, Env())
+    )
+    num_bags = NUM_TABLES * case.batch_size
+    return least_bytes(num_bags, case.ids_per_bag, touched, OPTIMIZERS[case.optimizer])
+
+
+def least_bytes(
+    num_bags: int, ids_per_bag: int, touched: float, optimizer: SparseOptimizer
+) -> float:
+    """Bytes that a step must move at least.
 
     Ids once; each touched row once for the lookup; outputs written and their gradients read; each
     touched row and its state read and written for the update.
     """
     row = 4 * EMBEDDING_DIM
-    num_bags = NUM_TABLES * case.batch_size
-    touched = median(
-        sum(batch[name].values().unique().numel() for name in NAMES)
-        for batch in zipf_batches(case, Env())
-    )
-    state = OPTIMIZERS[case.optimizer].state_bytes(1, EMBEDDING_DIM)
-    ids_and_outputs = num_bags * (8 * case.ids_per_bag + 2 * row)
-    return float(ids_and_outputs + touched * (3 * row + 2 * state))
+    state = optimizer.state_bytes(1, EMBEDDING_DIM)
+    return float(num_bags * (8 * ids_per_bag + 2 * row) + touched * (3 * row + 2 * state))
 
 
 def run_rank(env: Env, warmup: int, repeats: int) -> list[dict[str, list[float]]]:
@@ -130,11 +137,10 @@ def report(measured: dict[str, Any]) -> str:
         "/TorchRec",
         "ideal ms",
     )
-    machine = "\n".join(f"- {name}: {value}" for name, value in measured["machine"].items())
     tables = format_table(header, rows, right=(4, 6, 7))
     return f"""# Lookup, backward and update: a step
 
-{machine}
+{listed(measured["machine"])}
 - tables: {measured["tables"]}
 - {measured["warmup"]} steps of warm-up, {measured["repeats"]} measured
 - memory: copy {measured["copy_gb_per_s"]:.1f} GB/s, random rows of {4 * EMBEDDING_DIM} bytes
