@@ -34,7 +34,8 @@ class TrainPipeline:
         num_micro_batches: How many batches of the loader make a step: each has its own forward and
             backward pass, and one update follows. The step is that of one batch of all their
             samples, and takes the memory of the activations of one; held are the batches of a step
-            and, from its last backward pass on, those of the next.
+            with the gradients of what they looked up and, from its last backward pass on, the
+            batches of the next.
         num_samples: Tells the number of samples of a batch, by which its mean loss counts.
 
     Raises:

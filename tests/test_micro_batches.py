@@ -310,3 +310,18 @@ def test_numbers_of_micro_batches_that_differ_or_are_none_are_refused(env: Env) 
         list(pipeline.run([model.batch()] * 4, 9))
     with pytest.raises(ValueError, match="num_micro_batches must be at least 1, got 0"):
         scaled(env, 0)
+
+
+@spmd(world_size=2)
+def test_gradients_that_every_rank_has_are_exchanged_once_a_step(env: Env) -> None:
+    sent = []
+    for num_micro_batches in (1, 3):
+        model, pipeline, _ = scaled(env, num_micro_batches)
+        steps = pipeline.run([model.batch()] * (4 * num_micro_batches), 4)
+        for _ in range(3):  # in which DistributedDataParallel settles
+            next(steps)
+        with se.CollectiveCounter() as counter:
+            next(steps)
+        sent.append([of for (kind, _), of in counter.counts.items() if kind == "all_reduce"])
+    assert sent[0] == sent[1]
+    assert sent[0][0].num_calls > 2
