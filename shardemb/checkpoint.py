@@ -141,7 +141,7 @@ def load_checkpoint(
         ) from error
     _restore_dense_state(optimizer, dense_state)
     for group, saved in settings:
-        group.update(saved)
+        group.update({key: _like(group.get(key), value) for key, value in saved.items()})
     optimizer.zero_grad()
     optimizer.rows.post_load_state_dict()
     return int(header["step"])
@@ -220,6 +220,11 @@ def _parameter_groups(optimizer: Optimizer) -> list[tuple[list[str], dict[str, A
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     """Learning rate and the like of a parameter, as JSON gives them back."""
     return {key: _as_json(value) for key, value in group.items() if key != "params"}
+
+
+def _like(held: Any, saved: Any) -> Any:
+    """A setting as JSON gave it back, of the type that the group has."""
+    return tuple(saved) if isinstance(held, tuple) else saved
 
 
 def _as_json(value: Any) -> Any:

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
-from torchrec.distributed.embedding_types import ShardedEmbeddingModule
+
+from shardemb.updates.trained import ids_of_table_parameters
 
 
 class _OneBackward:
@@ -52,12 +53,7 @@ def refuse_second_backwards(model: nn.Module) -> None:
         model: Sharded, on more than one rank.
     """
     watch = _OneBackward()
-    tables = {
-        id(weight)
-        for module in model.modules()
-        if isinstance(module, ShardedEmbeddingModule)
-        for weight in module.parameters()
-    }
+    tables = ids_of_table_parameters(model)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             module.register_forward_hook(watch.after_forward)

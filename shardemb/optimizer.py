@@ -8,15 +8,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from shardemb.updates.faults import fault_of, fault_of_settings, largest_of, raise_first
+from shardemb.errors import RunError
+from shardemb.updates.faults import (
+    WAY_OUT,
+    Fault,
+    fault_of,
+    fault_of_settings,
+    largest_of,
+    raise_first,
+)
 from shardemb.updates.row_optimizer import RowOptimizer, Touched
 from shardemb.updates.shard_rows import NewRows
-from shardemb.updates.trained import noted_tables
+from shardemb.updates.trained import ids_of_table_parameters, noted_tables
 
 FUSED, DENSE = "fused", "dense"
 """Prefixes of the parameter names in the combined optimizer."""
@@ -87,7 +94,7 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         """Updates the rows that were looked up, and the dense parameters. On all ranks together.
 
         Args:
-            closure: As in torch: computes the gradients first.
+            closure: Computes the gradients first; what it returns is dropped.
 
         Raises:
             RunError: On all ranks, when on any a setting, a gradient or an updated value is not
@@ -99,7 +106,6 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         if closure is not None:
             with torch.enable_grad():
                 closure()
-        self.rows.check_settings()
         watched = self._max_norm is not None or bool(self._observers)
         touched = self.rows.touched(fused=not watched)
         square = self._show(touched) if watched else self._number(0.0)
@@ -193,7 +199,7 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
 
     def _doubt(self, touched: Touched, new: Sequence[NewRows]) -> torch.Tensor:
         """A number above 0 if anything on this rank may not be finite."""
-        if fault_of_settings(self.param_groups) is not None:
+        if self._fault_of_settings() is not None:
             return self._number(1.0)
         values = [
             rows.check(gradients, its) for (rows, gradients), its in zip(touched, new, strict=True)
@@ -202,22 +208,30 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
             return self._number(0.0)
         return (~torch.isfinite(torch.stack(values))).any().double()
 
+    def _fault_of_settings(self) -> Fault | None:
+        return fault_of_settings(self.param_groups) or self.rows.fault_of_settings()
+
     def _refuse(self, touched: Touched, new: Sequence[NewRows | None]) -> None:
         """Raises if anything on any rank is not finite. On all ranks together."""
         faults = [
-            fault_of_settings(self.param_groups),
+            self._fault_of_settings(),
             self.rows.fault(touched, new),
             fault_of("the gradient of {}", self._dense_grads()),
         ]
         raise_first(faults, step=self.num_steps + 1, rest="nothing of this step was applied")
 
     def _check_dense(self) -> None:
-        """Refuses updated dense parameters that are not finite; they are the same on all ranks."""
+        """Refuses updated dense parameters that are not finite; they are the same on all ranks.
+
+        Raises:
+            RunError: One is not.
+        """
         values = {name: weight.detach() for name, weight in self.dense_parameters.items()}
         largest = largest_of(values)
         if largest and not torch.isfinite(torch.stack(largest)).all():
             fault = fault_of("parameter {}", values)
-            raise_first([fault], step=self.num_steps, rest="do not save the model")
+            assert fault is not None
+            raise RunError(f"step {self.num_steps}: {fault.what}; do not save the model; {WAY_OUT}")
 
     def _dense_grads(self) -> dict[str, torch.Tensor]:
         """The values of the dense parameters' gradients, also of those that torch keeps sparse."""
@@ -298,11 +312,6 @@ def build_optimizer(
 
 def _dense_parameters(model: DistributedModelParallel) -> dict[str, nn.Parameter]:
     """The parameters that belong to no table."""
-    of_tables = {
-        id(weight)
-        for module in model.modules()
-        if isinstance(module, ShardedEmbeddingModule)
-        for weight in module.parameters()
-    }
+    of_tables = ids_of_table_parameters(model)
     others = in_backward_optimizer_filter(model.named_parameters())
     return {name: weight for name, weight in others if id(weight) not in of_tables}

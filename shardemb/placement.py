@@ -47,7 +47,7 @@ class TablePlacement:
         feature_names: The features that look it up.
         num_embeddings: Number of rows.
         embedding_dim: Number of columns.
-        dtype: Of its rows: "float32" or "float16".
+        dtype: Of its rows: "float32", "float16" or "bfloat16".
         pooling: "sum" or "mean"; None in a sequence collection, which does not pool.
         is_weighted: Whether the ids of its bags carry weights.
         trainable: Whether its rows are updated.

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torchrec
 from torch import nn
@@ -70,7 +71,7 @@ def shard_modules(
     """
     collections, origins = _checked(model, plan, env)
     layout_of = {table.table: table.layout for table in plan.tables}
-    trained = _trained(collections, plan)
+    trained = _trained(collections, plan, env.device)
     _attach_fused_optimizers(collections, trained)
     with left_unfilled(collections.values()):
         sharded = DistributedModelParallel(
@@ -190,7 +191,9 @@ def _declared(table: Table) -> str:
     return repr((table.name, table.padding_idx, table.training if table.trainable else None))
 
 
-def _trained(collections: dict[str, Collection], plan: ShardingPlan) -> dict[str, Trained]:
+def _trained(
+    collections: dict[str, Collection], plan: ShardingPlan, device: torch.device
+) -> dict[str, Trained]:
     """The tables that are to be updated, and by whom. On all ranks together."""
     tables = tables_of(collections)
     slices = {
@@ -198,12 +201,14 @@ def _trained(collections: dict[str, Collection], plan: ShardingPlan) -> dict[str
         for placement in plan.tables
         if tables[placement.table].trainable
     }
-    groups = groups_of_slices(ranks for of in slices.values() for ranks in of.values())
+    groups = groups_of_slices(
+        (ranks for of in slices.values() for ranks in of.values()), device=device
+    )
     return {
         name: Trained(
             training=tables[name].training,
             fused=is_fused(tables[name].training, dtype=tables[name].dtype, slices=bool(of)),
-            slices={first_row: groups[ranks] for first_row, ranks in of.items()},
+            slices={first_row: groups[tuple(sorted(ranks))] for first_row, ranks in of.items()},
         )
         for name, of in slices.items()
     }

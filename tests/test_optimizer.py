@@ -16,7 +16,7 @@ from shardemb.env import Env
 from shardemb.errors import RunError
 from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
-from tests.every_layout import whole_table
+from tests.every_layout import Case, check, whole_table
 from tests.reference import Reference
 from tests.spmd import spmd
 
@@ -257,25 +257,90 @@ def test_state_is_complete_and_loads_into_an_optimizer_of_the_same_tables(env: E
 
 
 @spmd(world_size=2)
-def test_misuse_is_refused_by_name(env: Env) -> None:
+def test_a_backward_pass_after_a_step_needs_zero_grad(env: Env) -> None:
     both = Both(env)
     both.step(0)
     with pytest.raises(
         RunError, match=r"table '.*' has the gradients of a step that is done; call"
     ):
         both.model(batch_of(1, env.rank)).backward()
+
+
+@spmd(world_size=1)
+def test_a_max_norm_must_be_positive(env: Env) -> None:
     with pytest.raises(ValueError, match="max_norm must be a positive number, got -1"):
-        se.build_optimizer(both.model, dense=torch.optim.SGD, max_norm=-1)
-    tables = [table for table in make_tables() if table.name == "own"]
-    model = nn.Sequential(se.EmbeddingBagCollection(tables))
-    sharded = se.shard_modules(
-        model, se.plan_sharding(model, env, {"own": layouts.row_wise()}), env
-    )
-    batch = KeyedJaggedTensor(
-        keys=["own"], values=torch.tensor([1, 39]), lengths=torch.tensor([1, 1])
-    )
-    with pytest.raises(RunError, match="table 'own': its Adam updates rows when the optimizer of"):
-        sharded(batch).values().sum().backward()
+        Both(env, max_norm=-1)
+
+
+@spmd(world_size=2)
+def test_rows_without_an_optimizer_are_not_trained_in_silence(env: Env) -> None:
+    for name in ("own", "fused"):
+        tables = [table for table in make_tables() if table.name == name]
+        model = nn.Sequential(se.EmbeddingBagCollection(tables))
+        plan = se.plan_sharding(model, env, {name: layouts.row_wise()})
+        sharded = se.shard_modules(model, plan, env)
+        batch = KeyedJaggedTensor(
+            keys=[name], values=torch.tensor([1, 39]), lengths=torch.tensor([1, 1])
+        )
+        with pytest.raises(RunError, match=f"table '{name}' has a gradient and no optimizer"):
+            sharded(batch).values().sum().backward()
+
+
+@spmd(world_size=2)
+def test_a_second_step_changes_no_table_again(env: Env) -> None:
+    both = Both(env)
+    both.step(0)
+    (linear, bias) = both.optimizer.dense_parameters.values()
+    linear.grad = bias.grad = None
+    both.optimizer.step()
+    both.assert_equal()
+
+
+@spmd(world_size=2)
+def test_settings_of_one_rank_alone_end_the_step_on_all(env: Env) -> None:
+    both = Both(env)
+    stateless = [
+        replace(table, optimizer=optim.SGD(lr=0.1))
+        for table in make_tables()
+        if table.name == "own"
+    ]
+    model = nn.Sequential(se.EmbeddingBagCollection(stateless))
+    plan = se.plan_sharding(model, env, {"own": layouts.row_wise()})
+    sharded = se.shard_modules(model, plan, env)
+    optimizer = se.build_optimizer(sharded)
+    if env.is_main:
+        optimizer.param_groups[0]["momentum"] = 0.9
+    batch = KeyedJaggedTensor(keys=["own"], values=torch.tensor([1]), lengths=torch.tensor([1]))
+    sharded(batch).values().sum().backward()
+    with pytest.raises(
+        RunError, match=r"momentum of table 'own' is 0\.9, and its SGD was declared"
+    ):
+        optimizer.step()
+    if env.is_main:
+        both.optimizer.param_groups[1]["betas"] = [0.9, float("nan")]
+    with pytest.raises(RunError, match=r"betas of table 'own' is \[0.9, nan\]"):
+        both.step(0)
+
+
+@spmd(world_size=3)
+def test_slices_of_tables_whose_kernels_come_in_another_order_on_each_rank_are_kept_apart(
+    env: Env,
+) -> None:
+    ranks = {"a": (0, 2), "b": (0, 1), "c": (0, 1)}
+    tables = [
+        se.TableConfig(
+            name=name,
+            num_embeddings=20,
+            embedding_dim=8,
+            feature_names=(name,),
+            pooling="sum" if name == "b" else "mean",
+            optimizer=optim.RowWiseAdagrad(lr=0.1),
+            init=se.init.Uniform(low=-0.3, high=0.3),
+        )
+        for name in ranks
+    ]
+    where: dict[str, Layout] = {name: layouts.column_wise(of) for name, of in ranks.items()}
+    check(env, Case(tables=tables, where=where, num_samples=[4] * 3))
 
 
 @spmd(world_size=1)

@@ -16,7 +16,6 @@ from torchrec.modules.embedding_modules import (
 from shardemb.data.bag_padding import padding_of_features
 from shardemb.modules.torchrec_optimizers import config_of
 from shardemb.modules.training import RowTraining, noted_training, num_frozen_rows
-from shardemb.optim import SparseOptimizer
 
 _DTYPES = {DataType.FP32: "float32", DataType.FP16: "float16", DataType.BF16: "bfloat16"}
 _POOLING = {PoolingType.SUM: "sum", PoolingType.MEAN: "mean"}
@@ -68,11 +67,6 @@ class Table:
             frozen_rows=num_frozen_rows(self.weight),
             padding_idx=self.padding_idx,
         )
-
-    @property
-    def optimizer(self) -> type[SparseOptimizer]:
-        """The config class of its optimizer."""
-        return type(self.training.optimizer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Optimizers: frozen configs that belong to a table, and one object that drives them all."""
+"""Optimizers: frozen configs that belong to a table."""
 
 from shardemb.optim.adam import LAMB, Adam, AdamW, PartialRowWiseAdam, PartialRowWiseLAMB
 from shardemb.optim.configs import SGD, Adagrad, LarsSGD, RowWiseAdagrad, SparseOptimizer

@@ -87,7 +87,7 @@ class Config:
 
     @property
     def fused(self) -> bool:
-        """Whether FBGEMM's fused CPU kernels do exactly this."""
+        """Whether FBGEMM's fused update does exactly this, on CPU and CUDA."""
         return self._fused_on_cpu and self.weight_decay == 0 and self.max_gradient is None
 
     def state_bytes(self, num_rows: int, embedding_dim: int) -> int:

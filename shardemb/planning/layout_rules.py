@@ -65,10 +65,10 @@ def _why_not_of_kind(table: Table, layout: Layout) -> str | None:
             f"{layout.torchrec_name} is not supported for sequences, TorchRec refuses it; use "
             "row_wise, column_wise or table_wise"
         )
-    if isinstance(layout, DataParallel) and table.dtype == "float16":
+    if isinstance(layout, DataParallel) and table.dtype != "float32":
         return (
-            "data_parallel is not supported for float16, whose gradients would be averaged in "
-            "half precision; use table_wise, or dtype='float32'"
+            f"data_parallel is not supported for {table.dtype}, whose gradients would be averaged "
+            "in 16 bits; use table_wise, or dtype='float32'"
         )
     return None
 

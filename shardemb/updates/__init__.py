@@ -1,1 +1,1 @@
-"""How looked-up rows are updated: formulas and rounding."""
+"""How the rows that were looked up are updated, each once a step."""

@@ -1,5 +1,6 @@
 """Values that are not finite: what they are called, and how all ranks learn of one."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +9,8 @@ import torch.distributed as dist
 
 from shardemb.errors import RunError
 
-_WAY_OUT = "lower the learning rates, clip by max_norm, or look for such values in the data"
+WAY_OUT = "lower the learning rates, clip by max_norm, or look for such values in the data"
+"""What to do about values that are not finite."""
 
 
 class Fault(NamedTuple):
@@ -35,17 +37,21 @@ def fault_of_settings(groups: Iterable[Mapping[str, Any]]) -> Fault | None:
     """
     for group in groups:
         for name, value in group.items():
-            numbers = value if isinstance(value, tuple) else (value,)
+            if name == "params":
+                continue
+            numbers = value if isinstance(value, (tuple, list)) else (value,)
             for number in numbers:
-                if isinstance(number, (float, torch.Tensor)) and not _is_finite(number):
+                if not _is_finite(number):
                     table = group.get("table")
                     where = "the dense parameters" if table is None else f"table {table!r}"
                     return Fault(f"{name} of {where} is {value}")
     return None
 
 
-def _is_finite(number: float | torch.Tensor) -> bool:
-    return bool(torch.isfinite(torch.as_tensor(number)).all())
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return bool(torch.isfinite(value).all())
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def largest_of(values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -95,4 +101,4 @@ def raise_first(faults: Sequence[Fault | None], *, step: int, rest: str) -> None
     samples = (one.sample for one in found if one.what == what)  # replicas know of their own
     sample = next((one for one in samples if one is not None), None)
     where = "" if sample is None else f", looked up by sample {sample[1]} of rank {sample[0]}"
-    raise RunError(f"step {step}: {what}{where}; {rest}; {_WAY_OUT}")
+    raise RunError(f"step {step}: {what}{where}; {rest}; {WAY_OUT}")

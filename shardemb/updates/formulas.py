@@ -86,9 +86,6 @@ def update_rows(
     Returns:
         The new rows [U, D].
 
-    Raises:
-        ValueError: There is momentum now for SGD that was made without.
-
     Example:
         >>> rows = {"weight_UD": torch.ones(1, 2), "grad_UD": torch.tensor([[3.0, 4.0]])}
         >>> of_step = {"state": {}, "num_updates": 1, "embedding_dim": 2}
@@ -151,16 +148,10 @@ def _decayed(rows: _Rows) -> Tensor:
 
 
 def _sgd(rows: _Rows) -> Tensor:
-    momentum = float(rows.settings["momentum"])
-    if "momentum1" in rows.state:
-        step_UD = rows.state["momentum1"].mul_(momentum).add_(_decayed(rows))
-    elif momentum:
-        raise ValueError(
-            f"momentum is {momentum} now, and SGD was made without, so that its rows have no "
-            "state; make it with momentum, of which a scheduler may change the value"
-        )
-    else:
-        step_UD = _decayed(rows)
+    step_UD = _decayed(rows)
+    if "momentum1" in rows.state:  # not where it was declared without
+        momentum = float(rows.settings["momentum"])
+        step_UD = rows.state["momentum1"].mul_(momentum).add_(step_UD)
     return rows.weight_UD.add(step_UD, alpha=-rows.lr)
 
 

@@ -1,6 +1,5 @@
 """TorchRec's sharded collections, with our kernels in the place of FBGEMM's."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -28,12 +27,12 @@ from torchrec.distributed.embeddingbag import (
     ShardedEmbeddingBagCollection,
 )
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
-from torchrec.modules.embedding_configs import PoolingType
 
 from shardemb.modules.training import RowTraining
 from shardemb.updates.kernel import RowKernel, Shard
-from shardemb.updates.lookups import Features
-from shardemb.updates.shard_rows import ShardRows
+from shardemb.updates.lookups import features_of, pooling_of
+from shardemb.updates.rounding import key_of
+from shardemb.updates.shard_rows import ShardRows, state_of
 
 _FIRST_STATE = "momentum1"  # as TorchRec calls the first state of any optimizer
 
@@ -67,7 +66,7 @@ def is_fused(training: RowTraining, *, dtype: str, slices: bool) -> bool:
     optimizer = training.optimizer
     return (
         optimizer.fused
-        and (dtype == "float32" or training.rounding == "nearest")
+        and dtype == "float32"  # 16 bits may overflow, which nothing would see
         and training.frozen_rows == 0
         and training.padding_idx is None
         and not (slices and "row" in optimizer.state.values())
@@ -148,8 +147,7 @@ class _Sharder:
     sharded: ClassVar[type[_WithRowKernels]]
 
     def __init__(self, trained: Mapping[str, Trained]) -> None:
-        # float16 rows on CUDA: what FBGEMM updates itself is rounded to the nearest, as on CPU
-        super().__init__({"stochastic_rounding": False})  # type: ignore[call-arg]
+        super().__init__()
         self._trained = trained
 
     def shard(
@@ -203,18 +201,10 @@ def _install(kernel: nn.Module, trained: Mapping[str, Trained]) -> RowKernel:
     fbgemm: Any = kernel.emb_module
     fused = any(table.name in trained and trained[table.name].fused for table in tables)
     states = fbgemm.get_optimizer_state() if fused else []
-    shards, first_feature, first_column = [], 0, 0
-    for number, (table, weight_RD) in enumerate(
-        zip(tables, fbgemm.split_embedding_weights(), strict=True)
+    shards = []
+    for number, (table, features, weight_RD) in enumerate(
+        zip(tables, features_of(tables), fbgemm.split_embedding_weights(), strict=True)
     ):
-        features = Features(
-            first=first_feature,
-            count=table.num_features(),
-            first_column=first_column,
-            width=table.local_cols,
-        )
-        first_feature += features.count
-        first_column += features.count * features.width
         rows = None
         if table.name in trained:
             state = (
@@ -223,15 +213,10 @@ def _install(kernel: nn.Module, trained: Mapping[str, Trained]) -> RowKernel:
             rows = _rows(table, trained[table.name], weight_RD, state)
         shards.append(Shard(features=features, rows=rows))
     pooled = isinstance(kernel, BatchedFusedEmbeddingBag)
-    mine = RowKernel(fbgemm, shards, pooling=_pooling_of(kernel) if pooled else None, fused=fused)
+    mine = RowKernel(fbgemm, shards, pooling=pooling_of(kernel) if pooled else None, fused=fused)
     kernel._emb_module = mine
     kernel._optim = EmbeddingFusedOptimizer(config, mine, kernel._pg)
     return mine
-
-
-def _pooling_of(kernel: BatchedFusedEmbeddingBag) -> str:
-    """What FBGEMM makes of a bag; of rows of several shards TorchRec asks it for a sum."""
-    return "mean" if kernel._pooling.name == PoolingType.MEAN.name else "sum"
 
 
 def _rows(
@@ -242,11 +227,7 @@ def _rows(
 ) -> ShardRows:
     first_row, first_column = table.local_metadata.shard_offsets
     if state is None:
-        shape = {"row": weight_RD.shape[:1], "element": weight_RD.shape}
-        state = {
-            name: weight_RD.new_zeros(shape[per], dtype=torch.float32)
-            for name, per in trained.training.optimizer.state.items()
-        }
+        state = state_of(trained.training.optimizer, weight_RD)
     return ShardRows(
         table=table.name,
         training=trained.training,
@@ -258,8 +239,3 @@ def _rows(
         key=key_of(table.name),
         slices=trained.slices.get(first_row),
     )
-
-
-def key_of(table: str) -> int:
-    """A number that is a table's own, of 31 bits."""
-    return int.from_bytes(hashlib.blake2b(table.encode(), digest_size=4).digest(), "little") >> 1

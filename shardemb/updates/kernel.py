@@ -50,9 +50,7 @@ class _Fused:
 
 
 class RowKernel(nn.Module):
-    """Looks up rows, and keeps gradients until an optimizer steps.
-
-    Until `take_over` it leaves all to FBGEMM, which updates rows in the backward pass.
+    """Looks up rows, and keeps gradients until the optimizer of `build_optimizer` steps.
 
     Args:
         fbgemm: FBGEMM's module: holds the rows and looks them up.
@@ -71,7 +69,7 @@ class RowKernel(nn.Module):
         self._num_features = sum(shard.features.count for shard in shards)
         self.batches: Sequence[tuple[int, int]] = ()
         """Of the next lookup: the ranks whose samples the bags are, in order, with their number."""
-        self._taken_over = self._stale = False
+        self._stale = False
         self._lookups: list[Lookup] = []
         self._last: _Fused | None = None
         self._lr = math.nan
@@ -93,10 +91,6 @@ class RowKernel(nn.Module):
         """The state of each block's optimizer, as TorchRec asks for it."""
         return [dict(shard.rows.state) if shard.rows else {} for shard in self.shards]
 
-    def take_over(self) -> None:
-        """From now on rows are updated by `step`, not in the backward pass."""
-        self._taken_over = True
-
     def forward(
         self,
         indices: torch.Tensor,
@@ -116,8 +110,6 @@ class RowKernel(nn.Module):
         arguments = (indices, offsets, per_sample_weights)
         if not torch.is_grad_enabled():
             return self.fbgemm(*arguments)  # type: ignore[no-any-return]
-        if self._fused and not self._taken_over:
-            return self.fbgemm(*arguments)  # type: ignore[no-any-return]
         with torch.set_grad_enabled(self._fused):
             self._set_lr()
             output: torch.Tensor = self.fbgemm(*arguments)
@@ -135,6 +127,8 @@ class RowKernel(nn.Module):
                 weights_N=per_sample_weights,
                 gradient=gradient,
                 batches=batches,
+                num_features=self._num_features,
+                pooling=self._pooling,
             )
             self._keep(lookup, graph)
 
@@ -144,9 +138,10 @@ class RowKernel(nn.Module):
         return kept
 
     def _set_lr(self) -> None:
-        if not self._fused:
+        settings = self.trained[0].settings if self._fused else {}
+        if not settings:
             return
-        lr = float(self.trained[0].settings["lr"])
+        lr = float(settings["lr"])
         if lr != self._lr:
             self.fbgemm.set_learning_rate(lr)  # type: ignore[operator]
             self._lr = lr
@@ -157,12 +152,10 @@ class RowKernel(nn.Module):
         Raises:
             RunError: No optimizer was built, or the gradients of the step before were not cleared.
         """
-        if not self._taken_over:
-            rows = self.trained[0]
+        if not self.trained[0].settings:
             raise RunError(
-                f"table {rows.table!r}: its {type(rows.training.optimizer).__name__} updates rows "
-                "when the optimizer of shardemb.build_optimizer steps; build it before the first "
-                "backward pass"
+                f"table {self.trained[0].table!r} has a gradient and no optimizer; call "
+                "shardemb.build_optimizer before the first backward pass, its step updates rows"
             )
         if self._stale:
             raise RunError(
@@ -187,8 +180,6 @@ class RowKernel(nn.Module):
         """Whether FBGEMM's own update does just what is asked, with values that cannot go wrong."""
         if self._last is None or len(self._lookups) != 1:
             return False
-        if any(rows.weight_RD.dtype != torch.float32 for rows in self.trained):
-            return False  # 16 bits may overflow, which nothing would see
         settings = [rows.settings for rows in self.trained]
         if any(float(own["lr"]) != self._last.lr for own in settings):
             return False
@@ -216,9 +207,7 @@ class RowKernel(nn.Module):
         """The rows to update in each block, with their gradients."""
         for shard in self.shards:
             if shard.rows is not None and self._lookups:
-                gradients = merge(
-                    self._lookups, shard.features, self._num_features, pooling=self._pooling
-                )
+                gradients = merge(self._lookups, shard.features)
                 yield shard.rows, shard.rows.movable(gradients)
 
     def sample_of(self, rows: ShardRows, row: int) -> tuple[int, int] | None:
@@ -233,13 +222,7 @@ class RowKernel(nn.Module):
         """
         for shard in self.shards:
             if shard.rows is rows:
-                return sample_of(
-                    self._lookups,
-                    shard.features,
-                    self._num_features,
-                    pooling=self._pooling,
-                    row=row,
-                )
+                return sample_of(self._lookups, shard.features, row)
         return None
 
 

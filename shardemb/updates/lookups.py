@@ -2,12 +2,16 @@
 
 # B bags of a feature, F features of a kernel, N ids, D width of a shard, U distinct rows
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
+from torchrec.distributed.batched_embedding_kernel import BaseBatchedEmbeddingBag
+from torchrec.distributed.embedding_types import ShardedEmbeddingTable
+from torchrec.modules.embedding_configs import PoolingType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,22 @@ class Features:
     width: int
 
 
+def features_of(tables: Iterable[ShardedEmbeddingTable]) -> list[Features]:
+    """The features of each of a kernel's tables, which come one after the other.
+
+    Args:
+        tables: In the order of the kernel.
+    """
+    found: list[Features] = []
+    first = first_column = 0
+    for table in tables:
+        count, width = table.num_features(), table.local_cols
+        found.append(Features(first=first, count=count, first_column=first_column, width=width))
+        first += count
+        first_column += count * width
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lookup:
     """What one backward pass of a kernel leaves behind.
@@ -38,6 +58,8 @@ class Lookup:
         gradient: Of the output, float32: pooled [B, sum of the features' widths], else [N, D].
         batches: The ranks whose samples the bags of a feature are, in their order, and how many
             each has.
+        num_features: Of the kernel.
+        pooling: "sum" or "mean"; None where every id has an output of its own.
     """
 
     ids_N: torch.Tensor
@@ -45,6 +67,21 @@ class Lookup:
     weights_N: torch.Tensor | None
     gradient: torch.Tensor
     batches: Sequence[tuple[int, int]]
+    num_features: int
+    pooling: str | None
+
+    @property
+    def num_bags(self) -> int:
+        """Bags of each feature."""
+        return (len(self.offsets) - 1) // self.num_features
+
+    @functools.cached_property
+    def starts(self) -> list[int]:
+        """Where the ids of each feature begin, and the last end: one wait for the device."""
+        if self.num_bags == 0:
+            return [0] * (self.num_features + 1)
+        starts: list[int] = self.offsets[:: self.num_bags].tolist()
+        return starts
 
 
 class RowGradients(NamedTuple):
@@ -78,9 +115,7 @@ class _Spread(NamedTuple):
     gradients: torch.Tensor
 
 
-def merge(
-    lookups: Sequence[Lookup], features: Features, num_features: int, *, pooling: str | None
-) -> RowGradients:
+def merge(lookups: Sequence[Lookup], features: Features) -> RowGradients:
     """Sums the gradients of each row that some lookups touched.
 
     The order of the sum is that of the lookups and of the ids in each, on any number of threads.
@@ -88,13 +123,11 @@ def merge(
     Args:
         lookups: Of one kernel, at least one.
         features: Those of the shard.
-        num_features: Of the kernel.
-        pooling: "sum" or "mean"; None where every id has an output of its own.
 
     Returns:
         The rows and their gradients.
     """
-    spreads = [_spread(lookup, features, num_features, pooling=pooling) for lookup in lookups]
+    spreads = [_spread(lookup, features) for lookup in lookups]
     firsts = [0]
     for one in spreads:
         firsts.append(firsts[-1] + len(one.gradients))
@@ -120,44 +153,33 @@ def merge(
     return RowGradients(rows_U, grad_UD, counts_U)
 
 
-def _spread(
-    lookup: Lookup, features: Features, num_features: int, *, pooling: str | None
-) -> _Spread:
-    """What each id of a shard's features contributes; arguments as of `merge`."""
-    num_bags = (len(lookup.offsets) - 1) // num_features
-    first, last = features.first * num_bags, (features.first + features.count) * num_bags
-    start, end = lookup.offsets[[first, last]].tolist()
+def _spread(lookup: Lookup, features: Features) -> _Spread:
+    """What each id of a shard's features contributes."""
+    last_feature = features.first + features.count
+    start, end = lookup.starts[features.first], lookup.starts[last_feature]
     ids_N = lookup.ids_N[start:end]
-    if pooling is None:
+    if lookup.pooling is None:
         source_N = torch.arange(end - start, device=ids_N.device)
         return _Spread(ids_N, source_N, None, lookup.gradient[start:end])
-    lengths = lookup.offsets[first : last + 1].diff()
+    bags = slice(features.first * lookup.num_bags, last_feature * lookup.num_bags + 1)
+    lengths = lookup.offsets[bags].diff()
     source_N = torch.repeat_interleave(lengths, output_size=end - start)
     scale_N = None
     if lookup.weights_N is not None:
         scale_N = lookup.weights_N[start:end]
-    elif pooling == "mean":
+    elif lookup.pooling == "mean":
         scale_N = (1.0 / lengths.to(lookup.gradient.dtype))[source_N]
     columns = features.first_column, features.first_column + features.count * features.width
     by_bag = lookup.gradient[:, slice(*columns)].unflatten(1, (features.count, features.width))
     return _Spread(ids_N, source_N, scale_N, by_bag.transpose(0, 1).flatten(0, 1))
 
 
-def sample_of(
-    lookups: Sequence[Lookup],
-    features: Features,
-    num_features: int,
-    *,
-    pooling: str | None,
-    row: int,
-) -> tuple[int, int] | None:
+def sample_of(lookups: Sequence[Lookup], features: Features, row: int) -> tuple[int, int] | None:
     """Whose sample looked a row up; one with a gradient that is not finite, if there is one.
 
     Args:
         lookups: Of one kernel.
         features: Those of the shard.
-        num_features: Of the kernel.
-        pooling: As of `merge`.
         row: The local row.
 
     Returns:
@@ -165,23 +187,21 @@ def sample_of(
     """
     found = None
     for lookup in lookups:
-        one = _spread(lookup, features, num_features, pooling=pooling)
+        one = _spread(lookup, features)
         at_K = (one.ids_N == row).nonzero().squeeze(1)
         if len(at_K) == 0:
             continue
         bad_K = ~torch.isfinite(one.gradients[one.source_N[at_K]]).all(1)
         if found is None or bad_K.any():
-            found = _sample_at(lookup, features, num_features, int(at_K[bad_K.int().argmax()]))
+            found = _sample_at(lookup, features, int(at_K[bad_K.int().argmax()]))
         if bad_K.any():
             break
     return found
 
 
-def _sample_at(
-    lookup: Lookup, features: Features, num_features: int, position: int
-) -> tuple[int, int] | None:
+def _sample_at(lookup: Lookup, features: Features, position: int) -> tuple[int, int] | None:
     """Whose sample an id of a shard's features is, counted from the first of them."""
-    num_bags = (len(lookup.offsets) - 1) // num_features
+    num_bags = lookup.num_bags
     offsets = lookup.offsets[features.first * num_bags :]
     sample = (int(torch.searchsorted(offsets, offsets[0] + position, right=True)) - 1) % num_bags
     for rank, size in lookup.batches:
@@ -189,3 +209,8 @@ def _sample_at(
             return rank, sample
         sample -= size
     return None
+
+
+def pooling_of(kernel: BaseBatchedEmbeddingBag) -> str:
+    """What FBGEMM makes of a bag; of rows of several shards TorchRec asks it for a sum."""
+    return "mean" if kernel._pooling.name == PoolingType.MEAN.name else "sum"

@@ -17,9 +17,16 @@ from torchrec.distributed.batched_embedding_kernel import (
 from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 
 from shardemb.modules.training import RowTraining
-from shardemb.updates.install import key_of
-from shardemb.updates.lookups import Features, Lookup, RowGradients, sample_of
-from shardemb.updates.shard_rows import ShardRows
+from shardemb.updates.lookups import (
+    Features,
+    Lookup,
+    RowGradients,
+    features_of,
+    pooling_of,
+    sample_of,
+)
+from shardemb.updates.rounding import key_of
+from shardemb.updates.shard_rows import ShardRows, state_of
 
 _ROWS = "_shardemb_rows"
 
@@ -35,14 +42,13 @@ class ReplicatedRows:
         weight: Its parameter, which takes the gradient: of this rank until the step.
         counts_R: How many ids of this rank looked each row up since the gradients were forgotten,
             int32 [R].
-        lookups: The pooled lookups since then, with the table's features and the number of all in
-            each.
+        lookups: The pooled lookups since then, each with the table's features in it.
     """
 
     rows: ShardRows
     weight: nn.Parameter
     counts_R: torch.Tensor
-    lookups: list[tuple[Lookup, Features, int]] = field(default_factory=list)
+    lookups: list[tuple[Lookup, Features]] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forgets the gradient and which rows were touched."""
@@ -52,8 +58,8 @@ class ReplicatedRows:
 
     def sample_of(self, row: int) -> tuple[int, int] | None:
         """Whose sample on this rank looked a row up in bags, if any: the rank and its number."""
-        for lookup, features, num_features in self.lookups:
-            found = sample_of([lookup], features, num_features, pooling="sum", row=row)
+        for lookup, features in self.lookups:
+            found = sample_of([lookup], features, row)
             if found is not None:
                 return found
         return None
@@ -82,16 +88,12 @@ def replicated_rows(model: nn.Module) -> list[ReplicatedRows]:
 
 def _rows(name: str, weight: nn.Parameter, training: RowTraining) -> ReplicatedRows:
     held_RD = weight.detach()
-    shape = {"row": held_RD.shape[:1], "element": held_RD.shape}
     rows = ReplicatedRows(
         rows=ShardRows(
             table=name,
             training=training,
             weight_RD=held_RD,
-            state={
-                state: held_RD.new_zeros(shape[per], dtype=torch.float32)
-                for state, per in training.optimizer.state.items()
-            },
+            state=state_of(training.optimizer, held_RD),
             first_row=0,
             first_column=0,
             embedding_dim=held_RD.shape[1],
@@ -118,20 +120,15 @@ class _Watch:
         kernel: BatchedDenseEmbeddingBag | BatchedDenseEmbedding,
         tables: Mapping[str, ReplicatedRows],
     ) -> None:
-        self._pooled = isinstance(kernel, BatchedDenseEmbeddingBag)
-        self._tables: list[tuple[ReplicatedRows, Features]] = []
-        self._num_features = first_column = 0
-        for table in kernel.config.embedding_tables:
-            features = Features(
-                first=self._num_features,
-                count=table.num_features(),
-                first_column=first_column,
-                width=table.local_cols,
-            )
-            self._num_features += features.count
-            first_column += features.count * features.width
-            if table.name in tables:
-                self._tables.append((tables[table.name], features))
+        its = kernel.config.embedding_tables
+        features = features_of(its)
+        self._pooling = pooling_of(kernel) if isinstance(kernel, BatchedDenseEmbeddingBag) else None
+        self._num_features = sum(part.count for part in features)
+        self._tables = [
+            (tables[table.name], part)
+            for table, part in zip(its, features, strict=True)
+            if table.name in tables
+        ]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG002
         """What torch calls after a forward."""
@@ -146,13 +143,15 @@ class _Watch:
             weights_N=batch.weights_or_none(),
             gradient=gradient,
             batches=[(dist.get_rank(), batch.stride())],
+            num_features=self._num_features,
+            pooling=self._pooling,
         )
         for table, features in self._tables:
             start, end = ends[features.first], ends[features.first + features.count]
             ids_N = batch.values()[start:end]
             table.counts_R.index_add_(0, ids_N, torch.ones_like(ids_N, dtype=torch.int32))
-            if self._pooled:
-                table.lookups.append((lookup, features, self._num_features))
+            if self._pooling is not None:  # FBGEMM makes another shape of sequences
+                table.lookups.append((lookup, features))
 
 
 def merge_replicated(tables: Sequence[ReplicatedRows]) -> list[tuple[ShardRows, RowGradients]]:

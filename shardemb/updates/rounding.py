@@ -10,6 +10,8 @@ draws the same.
 
 # U rows, D columns of one slice of them, Q fours of columns
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -105,3 +107,8 @@ def _drawn(seed: Tensor | int, index: Tensor) -> Tensor:
 def _shifted(values: Tensor, places: int) -> Tensor:
     """A shift to the right that brings in zeros."""
     return (values >> places).bitwise_and_((1 << (64 - places)) - 1)
+
+
+def key_of(table: str) -> int:
+    """A number that is a table's own, of 31 bits."""
+    return int.from_bytes(hashlib.blake2b(table.encode(), digest_size=4).digest(), "little") >> 1

@@ -32,7 +32,10 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
     """
 
     def __init__(self, model: DistributedModelParallel, tables: Mapping[str, TrainedTable]) -> None:
-        self._tables = tables
+        self._number_of = {name: number for number, name in enumerate(tables)}
+        self._is_stateless = {
+            name for name, table in tables.items() if not table.training.optimizer.state
+        }
         self._kernels: Sequence[RowKernel] = row_kernels(model)
         self._replicated: Sequence[ReplicatedRows] = replicated_rows(model)
         keys = {table.key for table in tables.values()}
@@ -67,8 +70,6 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
             rows.settings = self._groups[rows.table]
             if rows.slices is not None:
                 self._save_once(rows.table)
-        for kernel in self._kernels:
-            kernel.take_over()
         self._of_fbgemm: list[RowKernel] = []
         self.device: torch.device = model.device
         """Of the tables, on every rank."""
@@ -89,7 +90,11 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
     def blocks(self) -> list[ShardRows]:
         """The blocks of tables that are trained on this rank."""
         of_kernels = [rows for kernel in self._kernels for rows in kernel.trained]
-        return of_kernels + [table.rows for table in self._replicated]
+        return sorted([*of_kernels, *(table.rows for table in self._replicated)], key=self._place)
+
+    def _place(self, rows: ShardRows) -> tuple[int, int, int]:
+        """Where a block comes in the order that all ranks share; that of their kernels differs."""
+        return self._number_of[rows.table], rows.first_row, rows.first_column
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002, FBT001, FBT002
         """Forgets all gradients."""
@@ -98,19 +103,15 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
         for table in self._replicated:
             table.clear()
 
-    def check_settings(self) -> None:
-        """Refuses settings that a table cannot take.
-
-        Raises:
-            ValueError: A table's SGD got momentum, and was made without state for it.
-        """
+    def fault_of_settings(self) -> Fault | None:
+        """The first setting that a table cannot take, if there is one."""
         for name, group in self._groups.items():
-            if group.get("momentum") and not self._tables[name].training.optimizer.state:
-                raise ValueError(
-                    f"table {name!r}: momentum is {group['momentum']} now, and its SGD was made "
-                    "without; declare it with some momentum, of which a scheduler may change the "
-                    "value"
+            if group.get("momentum") and name in self._is_stateless:
+                return Fault(
+                    f"momentum of table {name!r} is {group['momentum']}, and its SGD was declared "
+                    "without, so that its rows have no state for it"
                 )
+        return None
 
     def touched(self, *, fused: bool) -> Touched:
         """The rows to update, with their gradients. On all ranks together.
@@ -119,7 +120,7 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
             fused: Whether to leave rows to FBGEMM where it can update them; these are not returned.
 
         Returns:
-            Blocks, and the rows of each.
+            Blocks, and the rows of each, in the same order on all ranks.
         """
         self._of_fbgemm = [kernel for kernel in self._kernels if fused and kernel.fits_fbgemm()]
         sharded = [
@@ -128,7 +129,8 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
             if kernel not in self._of_fbgemm
             for found in kernel.merged()
         ]
-        return sharded + merge_replicated(self._replicated)
+        found = sharded + merge_replicated(self._replicated)
+        return sorted(found, key=lambda one: self._place(one[0]))
 
     @torch.no_grad()
     def updated(self, touched: Touched) -> list[NewRows]:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from shardemb.modules.training import RowTraining
+from shardemb.optim import SparseOptimizer
 from shardemb.updates.formulas import update_rows
 from shardemb.updates.lookups import RowGradients
 from shardemb.updates.rounding import round_stochastically
@@ -27,6 +28,15 @@ class NewRows(NamedTuple):
     rows_U: torch.Tensor
     weight_UD: torch.Tensor
     state: Mapping[str, torch.Tensor]
+
+
+def state_of(optimizer: SparseOptimizer, weight_RD: torch.Tensor) -> dict[str, torch.Tensor]:
+    """State of an optimizer that has not stepped yet, by name, float32 [R, D] or [R]."""
+    shape = {"row": weight_RD.shape[:1], "element": weight_RD.shape}
+    return {
+        name: weight_RD.new_zeros(shape[per], dtype=torch.float32)
+        for name, per in optimizer.state.items()
+    }
 
 
 @dataclass(kw_only=True)
@@ -61,14 +71,15 @@ class ShardRows:
 
     def movable(self, gradients: RowGradients) -> RowGradients:
         """Those rows that are to be updated: neither frozen nor padding."""
-        training, (rows_U, grad_UD, counts_U) = self.training, gradients
+        training = self.training
         if training.frozen_rows == 0 and training.padding_idx is None:
             return gradients
-        global_U = rows_U + self.first_row
+        global_U = gradients.rows_U + self.first_row
         moves_U = global_U >= training.frozen_rows
         if training.padding_idx is not None:
             moves_U &= global_U != training.padding_idx
-        return RowGradients(rows_U[moves_U], grad_UD[moves_U], counts_U[moves_U])
+        kept = moves_U.nonzero().squeeze(1)
+        return RowGradients(*(part.index_select(0, kept) for part in gradients))
 
     def updated(self, gradients: RowGradients) -> Generator[torch.Tensor, torch.Tensor, NewRows]:
         """What the next update makes of rows of the block, which stay as they are until `write`.

@@ -69,15 +69,21 @@ def _summed(
 
 
 def groups_of_slices(
-    rank_sets: Iterable[Sequence[int]],
+    rank_sets: Iterable[Sequence[int]], *, device: torch.device
 ) -> dict[tuple[int, ...], dist.ProcessGroup]:
     """A process group for each set of ranks, made on all ranks together.
 
     Args:
         rank_sets: Sets of at least two ranks, the same on every rank.
+        device: Of the tables.
 
     Returns:
-        Groups by their ranks.
+        Groups by their ranks, ascending.
     """
-    sets = sorted({tuple(ranks) for ranks in rank_sets})
-    return {ranks: dist.new_group(list(ranks)) for ranks in sets}
+    world = dist.group.WORLD
+    assert world is not None
+    timeout = world._get_backend(device).options._timeout
+    return {
+        ranks: world if len(ranks) == world.size() else dist.new_group(list(ranks), timeout=timeout)
+        for ranks in sorted({tuple(sorted(ranks)) for ranks in rank_sets})
+    }

@@ -1,9 +1,10 @@
-"""Which tables of a sharded model are trained, noted where `build_optimizer` finds it."""
+"""Which tables of a sharded model are trained, and which parameters are tables."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
+from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 
 from shardemb.modules.training import RowTraining
 
@@ -34,3 +35,13 @@ def noted_tables(model: nn.Module) -> dict[str, TrainedTable] | None:
     """The trained tables of a model of `shard_modules`; None for another."""
     found: dict[str, TrainedTable] | None = getattr(model, _TABLES, None)
     return found
+
+
+def ids_of_table_parameters(model: nn.Module) -> set[int]:
+    """The identities of a sharded model's parameters that are tables."""
+    return {
+        id(weight)
+        for module in model.modules()
+        if isinstance(module, ShardedEmbeddingModule)
+        for weight in module.parameters()
+    }
