@@ -66,8 +66,8 @@ class AdamW(_WithMoments):
 
         w -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)
 
-    Loshchilov and Hutter, ICLR 2019, algorithm 2, with their schedule multiplier equal to lr and their
-    alpha 1.
+    Loshchilov and Hutter, ICLR 2019, algorithm 2, with their schedule multiplier
+    equal to lr and their alpha 1.
 
     Attributes:
         lr: Learning rate.
