@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -195,6 +196,8 @@ def _empty_dense_state(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def _restore_dense_state(optimizer: Optimizer, dense_state: Mapping[str, torch.Tensor]) -> None:
     dense = optimizer.dense
+    if dense is not None:
+        dense.state.clear()  # a checkpoint of step 0 has none
     for key, tensor in dense_state.items():
         parameter, name = key.removeprefix(f"{_OPTIMIZER}/{DENSE}/").rsplit("/", 1)
         assert dense is not None  # the checkpoint's settings are its
@@ -228,9 +231,9 @@ def _like(held: Any, saved: Any) -> Any:
 
 
 def _as_json(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.item()
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, (tuple, list)):
+        return [_as_json(one) for one in value]
+    return value.item() if isinstance(value, (torch.Tensor, np.generic)) else value
 
 
 def _settings_of_all_ranks(optimizer: Optimizer, env: Env) -> dict[str, dict[str, Any]]:

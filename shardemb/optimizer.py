@@ -16,14 +16,23 @@ from shardemb.errors import RunError
 from shardemb.updates.faults import (
     WAY_OUT,
     Fault,
+    digest_of,
     fault_of,
+    fault_of_difference,
     fault_of_settings,
     largest_of,
     raise_first,
 )
 from shardemb.updates.row_optimizer import RowOptimizer, Touched
 from shardemb.updates.shard_rows import NewRows
-from shardemb.updates.trained import ids_of_table_parameters, noted_tables
+from shardemb.updates.trained import (
+    Backwards,
+    has_optimizer,
+    ids_of_table_parameters,
+    note_optimizer,
+    noted_backwards,
+    noted_tables,
+)
 
 FUSED, DENSE = "fused", "dense"
 """Prefixes of the parameter names in the combined optimizer."""
@@ -60,15 +69,24 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
     Args:
         rows: Of the tables.
         dense: Of the dense parameters, if there are any.
+        backwards: What watches the model's backward passes.
         max_norm: Largest norm of all gradients together.
     """
 
     def __init__(
-        self, rows: RowOptimizer, dense: KeyedOptimizerWrapper | None, max_norm: float | None
+        self,
+        rows: RowOptimizer,
+        dense: KeyedOptimizerWrapper | None,
+        *,
+        backwards: Backwards,
+        max_norm: float | None,
     ) -> None:
         parts = [(FUSED, rows)] if dense is None else [(FUSED, rows), (DENSE, dense)]
         super().__init__(parts)
-        self.rows, self.dense = rows, dense
+        self.rows, self.dense, self._backwards = rows, dense, backwards
+        for name in ("betas", "momentum"):  # by which torch's schedulers know what they may cycle
+            if all(name in group for group in self.param_groups):
+                self.defaults[name] = self.param_groups[0][name]
         self._max_norm = max_norm
         self._observers: list[Callable[[StepGradients], None]] = []
         self.grad_norm: torch.Tensor | None = None
@@ -87,40 +105,78 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
             set_to_none: As in torch, of dense parameters.
         """
         self.rows.zero_grad()
+        self._backwards.paths.clear()
         if self.dense is not None:
             self.dense.zero_grad(set_to_none=set_to_none)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates the rows that were looked up, and the dense parameters. On all ranks together.
 
         Args:
-            closure: Computes the gradients first; what it returns is dropped.
+            closure: Computes the gradients first.
+
+        Returns:
+            What the closure returned.
 
         Raises:
+            ValueError: A table's parameter group holds what its optimizer cannot take.
             RunError: On all ranks, when on any a setting, a gradient or an updated value is not
                 finite. The message names the step, the table, the row and, where the rows are
                 pooled or sharded, a sample that looked it up; or the parameter. Nothing of the
                 step was applied then, unless the message says that the model is not to be saved:
                 what a dense optimizer does is known afterwards only.
         """
+        loss = None
         if closure is not None:
             with torch.enable_grad():
-                closure()
+                loss = closure()
+        self.rows.check_settings()
         watched = self._max_norm is not None or bool(self._observers)
         touched = self.rows.touched(fused=not watched)
         square = self._show(touched) if watched else self._number(0.0)
+        scale = None
         if self._max_norm is not None:
-            self._clip(touched, square, self._max_norm)
+            scale = self._clip(touched, square, self._max_norm)
         new = self.rows.updated(touched)
-        doubt, square = self._over_ranks(self._doubt(touched, new), square)
-        if doubt > 0:
+        digest = self._number(float(digest_of(self.param_groups, self._backwards.paths)))
+        doubt, square, digests, squares = self._over_ranks(
+            self._doubt(touched, new), square, digest, digest.square()
+        )
+        if doubt > 0 or squares * dist.get_world_size() != digests.square():
             self._refuse(touched, new)
         if watched and self._max_norm is None:
             self.grad_norm = square.sqrt()
-        self.rows.write(touched, new)
         if self.dense is not None:
+            for grad in self._dense_grads().values() if scale is not None else ():
+                grad.mul_(scale.to(grad))  # type: ignore[union-attr]
             self.dense.step()
             self._check_dense()
+        self.rows.write(touched, new)
+        self._backwards.paths.clear()
+        return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch's `GradScaler` asks for.
+
+        Raises:
+            ValueError: It asks.
+        """
+        raise ValueError(
+            "GradScaler cannot unscale the gradients of rows, which are no parameters' .grad; "
+            "train without it, in float32 or in bfloat16 by torch.autocast"
+        )
+
+    def add_param_group(self, param_group: Any) -> None:
+        """Not after the optimizer is made.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "the groups of tables are those of shard_modules, and the dense ones what `dense` of "
+            "build_optimizer makes; give that all groups"
+        )
 
     def watch(self, observer: Callable[[StepGradients], None]) -> None:
         """Shows the gradients of every step from now on, and sets `grad_norm`.
@@ -163,7 +219,13 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
                 f"the state is of parameter groups (table, optimizer) {theirs}, and this optimizer "
                 f"has {mine}; load it into the optimizer it was saved from"
             )
-        super().load_state_dict({"state": state_dict["state"]})
+        self.rows.load_state_dict({"state": _under(FUSED, state_dict["state"])})
+        for name, state in _under(DENSE, state_dict["state"]).items():
+            weight = self.dense_parameters[name]
+            self.dense.state[weight] = {  # type: ignore[union-attr]
+                key: value.clone() if isinstance(value, torch.Tensor) else value
+                for key, value in state.items()
+            }
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update(saved)
 
@@ -184,8 +246,12 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
                 total += square
         return total + dense if dist.get_rank() == 0 else total
 
-    def _clip(self, touched: Touched, square: torch.Tensor, max_norm: float) -> None:
-        """Scales all gradients so that their norm together is at most `max_norm`."""
+    def _clip(self, touched: Touched, square: torch.Tensor, max_norm: float) -> torch.Tensor:
+        """Scales the gradients of rows so that the norm of all together is at most `max_norm`.
+
+        Returns:
+            By what dense gradients are to be scaled, when nothing speaks against the step.
+        """
         (total,) = self._over_ranks(square)
         self.grad_norm = total.sqrt()
         if not torch.isfinite(total):
@@ -194,8 +260,7 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         scale = (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         for _, gradients in touched:
             gradients.grad_UD.mul_(scale.to(gradients.grad_UD))
-        for grad in self._dense_grads().values():
-            grad.mul_(scale.to(grad))
+        return scale
 
     def _doubt(self, touched: Touched, new: Sequence[NewRows]) -> torch.Tensor:
         """A number above 0 if anything on this rank may not be finite."""
@@ -209,12 +274,17 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         return (~torch.isfinite(torch.stack(values))).any().double()
 
     def _fault_of_settings(self) -> Fault | None:
-        return fault_of_settings(self.param_groups) or self.rows.fault_of_settings()
+        return (
+            fault_of_settings(self.param_groups)
+            or self.rows.fault_of_settings()
+            or self.rows.fault_of_parameters()
+        )
 
     def _refuse(self, touched: Touched, new: Sequence[NewRows | None]) -> None:
         """Raises if anything on any rank is not finite. On all ranks together."""
         faults = [
             self._fault_of_settings(),
+            fault_of_difference(self.param_groups, self._backwards.paths),
             self.rows.fault(touched, new),
             fault_of("the gradient of {}", self._dense_grads()),
         ]
@@ -231,7 +301,9 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         if largest and not torch.isfinite(torch.stack(largest)).all():
             fault = fault_of("parameter {}", values)
             assert fault is not None
-            raise RunError(f"step {self.num_steps}: {fault.what}; do not save the model; {WAY_OUT}")
+            raise RunError(
+                f"step {self.num_steps + 1}: {fault.what}; do not save the model; {WAY_OUT}"
+            )
 
     def _dense_grads(self) -> dict[str, torch.Tensor]:
         """The values of the dense parameters' gradients, also of those that torch keeps sparse."""
@@ -261,6 +333,15 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         return torch.tensor(value, dtype=torch.float64, device=self.rows.device)
 
 
+def _under(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of one part, by its own names."""
+    return {
+        name.removeprefix(f"{prefix}."): entry
+        for name, entry in state.items()
+        if name.startswith(f"{prefix}.")
+    }
+
+
 def _square_of(grad: torch.Tensor) -> torch.Tensor:
     square: torch.Tensor = torch.linalg.vector_norm(grad, dtype=torch.float64).square()
     return square
@@ -288,14 +369,24 @@ def build_optimizer(
         The optimizer.
 
     Raises:
-        ValueError: The model is not sharded, or has dense parameters and `dense` is not given, or
-            `max_norm` is not positive.
+        ValueError: The model is not sharded or has an optimizer already, or has dense parameters
+            and `dense` makes no optimizer of them, or `max_norm` is not positive.
     """
     tables = noted_tables(model)
     if not isinstance(model, DistributedModelParallel) or tables is None:
         raise ValueError(
             "build_optimizer takes the model that shard_modules returned, got "
             f"{type(model).__name__}"
+        )
+    if has_optimizer(model):
+        raise ValueError(
+            "the model has an optimizer of build_optimizer already, and its rows would obey only "
+            "one of the two; use that one, or shard the model again"
+        )
+    if dense is not None and not callable(dense):
+        raise ValueError(
+            f"dense must make an optimizer of parameters, got a {type(dense).__name__}; give "
+            "dense=lambda parameters: torch.optim.AdamW(parameters)"
         )
     if max_norm is not None and not (max_norm > 0 and math.isfinite(max_norm)):
         raise ValueError(f"max_norm must be a positive number, got {max_norm!r}")
@@ -307,7 +398,27 @@ def build_optimizer(
             "parameters: torch.optim.AdamW(parameters))"
         )
     keyed = KeyedOptimizerWrapper(parameters, dense) if parameters else None
-    return Optimizer(RowOptimizer(model, tables), keyed, max_norm)
+    if keyed is not None:
+        _check_takes_only(keyed, parameters)
+    note_optimizer(model)
+    rows = RowOptimizer(model, tables)
+    return Optimizer(rows, keyed, backwards=noted_backwards(model), max_norm=max_norm)
+
+
+def _check_takes_only(keyed: KeyedOptimizerWrapper, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuses a dense optimizer of other parameters, such as those of tables.
+
+    Raises:
+        ValueError: It has some.
+    """
+    given = {id(parameter) for parameter in parameters.values()}
+    taken = [parameter for group in keyed.param_groups for parameter in group["params"]]
+    if any(id(parameter) not in given for parameter in taken):
+        raise ValueError(
+            f"dense made an optimizer of {len(taken)} parameters, not only of the "
+            f"{len(given)} dense ones it was given; use those, as in dense=lambda parameters: "
+            "torch.optim.AdamW(parameters)"
+        )
 
 
 def _dense_parameters(model: DistributedModelParallel) -> dict[str, nn.Parameter]:

@@ -5,7 +5,7 @@ In the declared order; with exact means; without gradients for frozen tables.
 
 # B batch of this rank
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,10 @@ def outputs_of(collection: Collection, layout_of: Mapping[str, str]) -> dict[str
     }
 
 
+Watch = Callable[[torch.Tensor], None]
+"""Is shown outputs of which the backward pass exchanges gradients."""
+
+
 class FinishPooled:
     """A forward hook of a pooled collection.
 
@@ -70,10 +74,13 @@ class FinishPooled:
     Args:
         outputs: Of `outputs_of`.
         declared_order: Whether to return the features as declared.
+        watch: Is shown TorchRec's output.
     """
 
-    def __init__(self, outputs: Mapping[str, _Output], *, declared_order: bool) -> None:
-        self._outputs, self._declared_order = outputs, declared_order
+    def __init__(
+        self, outputs: Mapping[str, _Output], *, declared_order: bool, watch: Watch
+    ) -> None:
+        self._outputs, self._declared_order, self._watch = outputs, declared_order, watch
         self._only_order = not any(output.mean or output.frozen for output in outputs.values())
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
@@ -81,6 +88,7 @@ class FinishPooled:
         output.callbacks.append(lambda pooled: self._finish(pooled, args[0]))
 
     def _finish(self, pooled: KeyedTensor, batch: KeyedJaggedTensor) -> KeyedTensor:
+        self._watch(pooled.values())
         keys = list(self._outputs if self._declared_order else pooled.keys())
         if self._only_order and list(pooled.keys()) == keys:
             return pooled
@@ -101,10 +109,11 @@ class FinishSequences:
 
     Args:
         outputs: Of `outputs_of`.
+        watch: Is shown TorchRec's outputs.
     """
 
-    def __init__(self, outputs: Mapping[str, _Output]) -> None:
-        self._outputs = outputs
+    def __init__(self, outputs: Mapping[str, _Output], watch: Watch) -> None:
+        self._outputs, self._watch = outputs, watch
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
         """What torch calls after a forward."""
@@ -113,6 +122,8 @@ class FinishSequences:
     def _finish(
         self, rows: Mapping[str, JaggedTensor], batch: KeyedJaggedTensor
     ) -> dict[str, JaggedTensor]:
+        for name in self._outputs:
+            self._watch(rows[name].values())
         return {
             name: JaggedTensor(
                 values=output.of(rows[name].values(), batch),

@@ -12,6 +12,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from shardemb.data.guarded_forward import guards_of, known_batches
 from shardemb.env import Env
+from shardemb.optimizer import Optimizer
 from shardemb.step_batches import BatchReader, MicroBatch, StepBatches, num_samples_of
 
 
@@ -39,13 +40,14 @@ class TrainPipeline:
         num_samples: Tells the number of samples of a batch, by which its mean loss counts.
 
     Raises:
-        ValueError: The model is not sharded, or `num_micro_batches` is not positive.
+        ValueError: The model is not sharded, the optimizer another one, or `num_micro_batches` not
+            positive.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         env: Env,
         *,
         num_micro_batches: int = 1,
@@ -55,6 +57,11 @@ class TrainPipeline:
             raise ValueError(
                 "TrainPipeline takes the model that shard_modules returned, got "
                 f"{type(model).__name__}, whose ranks would train apart"
+            )
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(
+                "TrainPipeline takes the optimizer that build_optimizer returned, got "
+                f"{type(optimizer).__name__}, which would train no rows"
             )
         if not isinstance(num_micro_batches, int) or num_micro_batches < 1:
             raise ValueError(f"num_micro_batches must be at least 1, got {num_micro_batches!r}")

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from shardemb.uneven_batches import allow_uneven_batches
 from shardemb.updates.install import PooledSharder, SequenceSharder, Trained, is_fused
 from shardemb.updates.replicated import watch_lookups
 from shardemb.updates.slices import groups_of_slices
-from shardemb.updates.trained import TrainedTable, note_tables
+from shardemb.updates.trained import Backwards, TrainedTable, note_backwards, note_tables
 
 
 def shard_modules(
@@ -86,6 +87,7 @@ def shard_modules(
             sharders=[PooledSharder(trained), SequenceSharder(trained)],
         )
     tables: dict[str, TrainedTable] = {}
+    backwards = Backwards()
     for path, collection in collections.items():
         module = sharded.module.get_submodule(path)
         keys = _fill(module, collection, origins, env)
@@ -116,18 +118,27 @@ def shard_modules(
         )
         module.register_forward_pre_hook(guard, with_kwargs=True)
         outputs = outputs_of(collection, layout_of)
+        exchanges = any(layout_of[name] != DataParallel.torchrec_name for name in collection.tables)
+        watch = partial(backwards.watch, path) if exchanges else _do_nothing
         if collection.is_pooled:
             module._has_mean_pooling_callback = False  # FinishPooled divides
             allow_uneven_batches(module, env)
-            module.register_forward_hook(FinishPooled(outputs, declared_order=declared_order))
+            module.register_forward_hook(
+                FinishPooled(outputs, declared_order=declared_order, watch=watch)
+            )
         else:
             if env.device.type == "cpu":
                 keep_replicated_sequences_apart(module)
-            module.register_forward_hook(FinishSequences(outputs))
+            module.register_forward_hook(FinishSequences(outputs, watch))
     note_tables(sharded, tables)
+    note_backwards(sharded, backwards)
     if env.world_size > 1:
         refuse_second_backwards(sharded)
     return sharded
+
+
+def _do_nothing(output: torch.Tensor) -> None:
+    """No rank waits for another in the backward pass of replicated tables."""
 
 
 def _fill(
@@ -166,7 +177,7 @@ def _checked(
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is not None:
         raise RunError(
-            f"rank {other} has another plan, other tables or another seed than rank 0; declare "
+            f"rank {other} has another plan, other tables, weights or seed than rank 0; declare "
             "and plan the same on every rank"
         )
     return collections, origins

@@ -298,4 +298,4 @@ def test_the_check_is_one_small_collective(env: Env) -> None:
         ((kind, count),) = counter.counts.items()
         assert kind == ("all_reduce", 2)
         counted.append((count.num_calls, count.buffer_bytes))
-    assert counted == [(1, 16), (2, 24)]
+    assert counted == [(1, 32), (2, 40)]

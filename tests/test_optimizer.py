@@ -322,6 +322,176 @@ def test_settings_of_one_rank_alone_end_the_step_on_all(env: Env) -> None:
         both.step(0)
 
 
+@spmd(world_size=2)
+def test_what_torch_would_let_pass_and_rows_would_not_get_is_refused(env: Env) -> None:
+    both = Both(env)
+    with pytest.raises(ValueError, match="has an optimizer of build_optimizer already"):
+        se.build_optimizer(both.model, dense=torch.optim.SGD)
+    with pytest.raises(NotImplementedError, match="give that all groups"):
+        both.optimizer.add_param_group({"params": []})
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(both.model(batch_of(0, env.rank))).backward()
+    with pytest.raises(ValueError, match="GradScaler cannot unscale the gradients of rows"):
+        scaler.step(both.optimizer)
+    both.optimizer.zero_grad()
+    tables = [weight for name, weight in both.model.named_parameters() if "fused" in name]
+    penalty = sum(weight.sum() for weight in tables)
+    (both.model(batch_of(0, env.rank)) + penalty).backward()
+    with pytest.raises(RunError, match="the weight of table 'fused' has a gradient beside that of"):
+        both.optimizer.step()
+    both.optimizer.zero_grad()
+    if not env.is_main:
+        both.optimizer.param_groups[1]["lr"] = 0.3
+    with pytest.raises(
+        RunError, match=r"lr of table 'own' is 0\.1 on rank 0 and 0\.3 on rank 1; not"
+    ):
+        both.step(0)
+    both.optimizer.param_groups[1]["lr"] = 0.1
+    both.reference.weights["own"].grad = None
+    for name in both.reference.touched:
+        both.reference.touched[name].zero_()
+    both.step(0)
+    both.assert_equal()
+
+
+@spmd(world_size=1)
+def test_a_closure_and_schedules_that_cycle_betas_work_as_in_torch(env: Env) -> None:
+    tables = [replace(table, optimizer=optim.Adam(lr=0.1)) for table in make_tables()]
+    model = Model(se.EmbeddingBagCollection(tables))
+    sharded = se.shard_modules(model, se.plan_sharding(model, env, where(env)), env)
+    optimizer = se.build_optimizer(sharded, dense=lambda p: torch.optim.Adam(p, lr=0.1))
+    schedule = lr_scheduler.OneCycleLR(optimizer, max_lr=0.4, total_steps=10)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss: torch.Tensor = sharded(batch_of(0, 0))
+        loss.backward()
+        return loss
+
+    losses = []
+    for _ in range(5):
+        losses.append(float(optimizer.step(closure)))
+        schedule.step()
+    assert min(losses[1:]) < losses[0]
+    assert {group["betas"] for group in optimizer.param_groups} == {
+        optimizer.param_groups[0]["betas"]
+    }
+    assert optimizer.param_groups[0]["betas"] != (0.9, 0.999)
+
+
+@spmd(world_size=2)
+def test_state_loads_into_a_fresh_optimizer_dense_state_included(env: Env) -> None:
+    def build() -> tuple[Any, Any]:
+        model = Model(se.EmbeddingBagCollection(make_tables()))
+        sharded = se.shard_modules(model, se.plan_sharding(model, env, where(env)), env)
+        return sharded, se.build_optimizer(sharded, dense=lambda p: torch.optim.Adam(p, lr=0.1))
+
+    def train(model: Any, optimizer: Any, steps: range) -> list[float]:
+        losses = []
+        for step in steps:
+            optimizer.zero_grad()
+            loss = model(batch_of(step, env.rank))
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss))
+        return losses
+
+    model, optimizer = build()
+    train(model, optimizer, range(2))
+    fresh, its_optimizer = build()
+    fresh.load_state_dict(model.state_dict())
+    its_optimizer.load_state_dict(optimizer.state_dict())
+    assert train(fresh, its_optimizer, range(2, 5)) == train(model, optimizer, range(2, 5))
+
+
+class TwoCollections(nn.Module):
+    """Two collections of one table each; each rank's loss uses one of them only."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.first, self.second = (
+            se.EmbeddingBagCollection([table]) for table in make_tables() if table.name in TWO
+        )
+        self.rank = rank
+
+    def forward(self, batch: KeyedJaggedTensor) -> torch.Tensor:
+        used = (self.first(batch), self.second(batch))[self.rank]
+        loss: torch.Tensor = used.values().sum()
+        return loss
+
+
+TWO = ("fused", "own")
+
+
+@spmd(world_size=2)
+def test_losses_that_use_other_collections_on_each_rank_are_refused(env: Env) -> None:
+    model = TwoCollections(env.rank)
+    plan = se.plan_sharding(model, env, dict.fromkeys(TWO, layouts.row_wise()))
+    sharded = se.shard_modules(model, plan, env)
+    optimizer = se.build_optimizer(sharded)
+    batch = KeyedJaggedTensor(
+        keys=list(TWO), values=torch.tensor([1, 2]), lengths=torch.tensor([1, 1])
+    )
+    sharded(batch).backward()
+    with pytest.raises(RunError, match=r"have gradients of collections \['first'\] and \['second"):
+        optimizer.step()
+
+
+@spmd(world_size=1)
+def test_groups_that_hold_nonsense_are_refused_by_table(env: Env) -> None:
+    both = Both(env)
+    group = both.optimizer.param_groups[1]
+    for name, value, text in (
+        ("lr", "abc", "the parameter group of table 'own': Adam: lr must be"),
+        ("betas", (0.9, 1.5), "the parameter group of table 'own': Adam: betas must"),
+        ("max_gradient", -1.0, "the parameter group of table 'own': Adam: max_gradient must"),
+    ):
+        before = group[name]
+        group[name] = value
+        with pytest.raises(ValueError, match=text):
+            both.optimizer.step()
+        group[name] = before
+    del group["lr"]
+    with pytest.raises(ValueError, match="table 'own': Adam: lr is missing"):
+        both.optimizer.step()
+    group["lr"] = 0.0
+    both.optimizer.step()
+
+
+@spmd(world_size=2)
+def test_a_refused_step_can_be_mended_and_taken_exactly_once(env: Env) -> None:
+    both = Both(env, max_norm=0.05)
+    if env.is_main:
+        both.optimizer.param_groups[0]["lr"] = float("nan")
+    both.optimizer.zero_grad()
+    both.model(batch_of(0, env.rank)).backward()
+    with pytest.raises(RunError, match="lr of table 'fused' is nan"):
+        both.optimizer.step()
+    both.optimizer.param_groups[0]["lr"] = 0.1
+    both.optimizer.step()
+    again = both.model.state_dict()
+    straight = Both(env, max_norm=0.05)
+    straight.step(0)
+    for name, expected in straight.model.state_dict().items():
+        for one, other in zip(local(again[name]), local(expected), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def local(value: Any) -> list[torch.Tensor]:
+    """What a rank has of an entry of a model's state."""
+    if isinstance(value, torch.Tensor) and not hasattr(value, "local_shards"):
+        return [value]
+    return [shard.tensor for shard in value.local_shards()]
+
+
+@spmd(world_size=1)
+def test_a_dense_optimizer_of_tables_is_refused(env: Env) -> None:
+    model = Model(se.EmbeddingBagCollection(make_tables()))
+    sharded = se.shard_modules(model, se.plan_sharding(model, env, where(env)), env)
+    with pytest.raises(ValueError, match="parameters, not only of the 2 dense ones it was given"):
+        se.build_optimizer(sharded, dense=lambda _: torch.optim.SGD(sharded.parameters(), lr=0.1))
+
+
 @spmd(world_size=3)
 def test_slices_of_tables_whose_kernels_come_in_another_order_on_each_rank_are_kept_apart(
     env: Env,

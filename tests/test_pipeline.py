@@ -237,7 +237,11 @@ def test_a_batch_made_in_the_forward_is_checked_there(env: Env) -> None:
 @spmd(world_size=1)
 def test_a_model_that_is_not_sharded_is_refused(env: Env) -> None:
     with pytest.raises(ValueError, match="got Small, whose ranks would train apart"):
-        se.TrainPipeline(Small(), torch.optim.SGD([torch.zeros(1)]), env)
+        se.TrainPipeline(Small(), small_pipeline(env)[1]._optimizer, env)
+    sharded, _ = small_pipeline(env)
+    other: Any = torch.optim.SGD([torch.zeros(1)])
+    with pytest.raises(ValueError, match="got SGD, which would train no rows"):
+        se.TrainPipeline(sharded, other, env)
 
 
 @spmd(world_size=2)

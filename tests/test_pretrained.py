@@ -399,7 +399,7 @@ def test_ranks_with_other_weights_or_a_row_that_cannot_be_are_stopped_together(e
         plan = se.plan_sharding(model, env, {"t": layouts.row_wise()})
         se.shard_modules(model, plan, env)
 
-    with pytest.raises(RunError, match="rank 1 has another plan, other tables or another seed"):
+    with pytest.raises(RunError, match="rank 1 has another plan, other tables, weights or seed"):
         shard(given() + env.rank)
     bad_RD = given()
     bad_RD[-2] = math.nan

@@ -162,14 +162,14 @@ def test_what_cannot_be_sharded_is_refused_on_every_rank(env: Env) -> None:
     hand_made = Env(rank=env.rank, world_size=2)
     mine = se.plan_sharding(model, hand_made, {"user": layouts.table_wise(rank=env.rank)})
     with pytest.raises(
-        RuntimeError, match="rank 1 has another plan, other tables or another seed than"
+        RuntimeError, match="rank 1 has another plan, other tables, weights or seed than"
     ):
         se.shard_modules(model, mine, env)
     with pytest.raises(ValueError, match="build_optimizer takes the model that shard_modules"):
         se.build_optimizer(model)
     seeded = Sum(se.EmbeddingBagCollection(make_tables(optim.SGD(lr=0.1)), seed=env.rank))
     with pytest.raises(
-        RuntimeError, match="another plan, other tables or another seed than rank 0"
+        RuntimeError, match="another plan, other tables, weights or seed than rank 0"
     ):
         se.shard_modules(seeded, se.plan_sharding(seeded, env), env)
     if env.rank == 1:

@@ -61,11 +61,11 @@ def check(case: Case, env: Env) -> None:
             optimizer.zero_grad()
             sharded(batch).backward()
             optimizer.step()
-    of_step = 2 * (env.world_size - 1) / env.world_size * (4 + 16)  # of scale; is all finite?
+    of_step = 2 * (env.world_size - 1) / env.world_size * (4 + 32)  # of scale; is all finite?
     same(case, "sent", counter.sent_bytes - of_step, predicted.sent_bytes_W[env.rank])
     same(case, "looked up", sum(looked_up), predicted.lookups_TW[:, env.rank].sum())
     if layouts.data_parallel() not in case.where.values():
-        buffers = sum(count.buffer_bytes for count in counter.counts.values()) - (4 + 16)
+        buffers = sum(count.buffer_bytes for count in counter.counts.values()) - (4 + 32)
         sizes = predicted.shared_bytes_W[env.rank] * env.world_size / (env.world_size - 1) * 2
         same(case, "held", buffers - sizes, predicted.activation_bytes_TW[:, env.rank].sum())
 

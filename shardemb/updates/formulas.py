@@ -136,7 +136,7 @@ def finish(sums: RowSums, total: Callable[[Tensor], Tensor] = lambda sums_UK: su
 def _clipped(rows: _Rows) -> RowSums:
     """The gradients, scaled down to the norm that they may have."""
     square_U1 = yield _square_sum(rows.grad_UD)
-    scale_U1 = float(rows.settings["max_gradient"]) / square_U1.sqrt()
+    scale_U1 = float(rows.settings["max_gradient"]) / _norm_of(square_U1)
     return rows.grad_UD * scale_U1.clamp_(max=1.0)  # a row of zeros has inf, clamped to 1
 
 
@@ -244,7 +244,12 @@ def _trusted(rows: _Rows, ratio_UD: Tensor) -> RowSums:
 def _norms(*parts_UD: Tensor) -> Generator[Tensor, Tensor, list[Tensor]]:
     """The norms of the rows of some tensors, [U, 1] each, by one exchange."""
     sums_UK = yield torch.cat([_square_sum(part_UD) for part_UD in parts_UD], 1)
-    return [sum_U1.sqrt() for sum_U1 in sums_UK.split(1, 1)]
+    return [_norm_of(sum_U1) for sum_U1 in sums_UK.split(1, 1)]
+
+
+def _norm_of(square_U1: Tensor) -> Tensor:
+    """The roots; nan where a square overflowed, so that no row stays as it is in silence."""
+    return square_U1.masked_fill(square_U1.isinf(), math.nan).sqrt()
 
 
 def _square_sum(values_UD: Tensor) -> Tensor:

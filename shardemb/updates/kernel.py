@@ -20,6 +20,9 @@ from shardemb.updates.shard_rows import ShardRows
 _LARGEST_NORM = 1e12
 """Of a gradient that FBGEMM may square and add up unwatched; our own update looks at the rows."""
 
+_SMALLEST_EPS = 1e-30
+"""Below it float32 may have 0, and FBGEMM divides by it unwatched where a gradient is 0."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
@@ -190,6 +193,8 @@ class RowKernel(nn.Module):
             for name, value in declared.items()
             if name != "lr"
         ):
+            return False
+        if declared.get("eps", 1.0) < _SMALLEST_EPS:
             return False
         lookup = self._lookups[0]
         norm = torch.linalg.vector_norm(lookup.gradient)

@@ -179,10 +179,11 @@ def merge_replicated(tables: Sequence[ReplicatedRows]) -> list[tuple[ShardRows, 
 
 
 def _mean_gradient(table: ReplicatedRows) -> torch.Tensor:
-    """The mean of all ranks' gradients of a table [R, D], which then is each rank's."""
+    """The mean of all ranks' gradients of a table [R, D]; this rank's own stays as it is."""
     if table.weight.grad is None:  # nothing of it is in this rank's loss
-        table.weight.grad = torch.zeros_like(table.rows.weight_RD)
-    grad_RD = table.weight.grad
+        mean_RD = torch.zeros_like(table.rows.weight_RD)
+    else:
+        mean_RD = table.weight.grad / dist.get_world_size()
     if dist.get_world_size() > 1:
-        dist.all_reduce(grad_RD.div_(dist.get_world_size()))
-    return grad_RD
+        dist.all_reduce(mean_RD)
+    return mean_RD

@@ -9,7 +9,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizer
 
-from shardemb.updates.faults import Fault
+from shardemb.updates.faults import Fault, is_finite
 from shardemb.updates.install import row_kernels
 from shardemb.updates.kernel import RowKernel
 from shardemb.updates.lookups import RowGradients
@@ -33,6 +33,9 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
 
     def __init__(self, model: DistributedModelParallel, tables: Mapping[str, TrainedTable]) -> None:
         self._number_of = {name: number for number, name in enumerate(tables)}
+        self._tables = tables
+        self._declared = {name: vars(table.training.optimizer) for name, table in tables.items()}
+        self._accepted: dict[str, dict[str, Any]] = {}
         self._is_stateless = {
             name for name, table in tables.items() if not table.training.optimizer.state
         }
@@ -70,6 +73,13 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
             rows.settings = self._groups[rows.table]
             if rows.slices is not None:
                 self._save_once(rows.table)
+        held = dict(model.named_parameters())
+        replicated = {table.rows.table for table in self._replicated}
+        self._parameters = {
+            name: held[table.key]
+            for name, table in tables.items()
+            if table.key in held and name not in replicated
+        }
         self._of_fbgemm: list[RowKernel] = []
         self.device: torch.device = model.device
         """Of the tables, on every rank."""
@@ -100,8 +110,37 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
         """Forgets all gradients."""
         for kernel in self._kernels:
             kernel.clear()
+        for weight in self._parameters.values():
+            weight.grad = None
         for table in self._replicated:
             table.clear()
+
+    def check_settings(self) -> None:
+        """Refuses groups that hold what a table's optimizer cannot take, the same on all ranks.
+
+        Raises:
+            ValueError: One does.
+        """
+        for name, group in self._groups.items():
+            held = {
+                field: group[field].item() if hasattr(group[field], "item") else group[field]
+                for field in self._declared[name]
+                if field in group
+            }
+            if held == self._accepted.get(name):
+                continue
+            kind = type(self._tables[name].training.optimizer)
+            # numbers that are not finite are found on any rank alone; a schedule may end at lr 0
+            usual = {field: value for field, value in held.items() if is_finite(value)}
+            usual["lr"] = usual.get("lr") or self._declared[name]["lr"]
+            missing = sorted(set(self._declared[name]) - set(held))
+            try:
+                if missing:
+                    raise ValueError(f"{kind.__name__}: {missing[0]} is missing")
+                kind(**self._declared[name] | usual)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"the parameter group of table {name!r}: {error}") from error
+            self._accepted[name] = held
 
     def fault_of_settings(self) -> Fault | None:
         """The first setting that a table cannot take, if there is one."""
@@ -109,7 +148,19 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
             if group.get("momentum") and name in self._is_stateless:
                 return Fault(
                     f"momentum of table {name!r} is {group['momentum']}, and its SGD was declared "
-                    "without, so that its rows have no state for it"
+                    "without, so that its rows have no state for it",
+                    way_out="declare it with momentum, of which a scheduler may change the value",
+                )
+        return None
+
+    def fault_of_parameters(self) -> Fault | None:
+        """The first table of which the loss has a gradient beside its lookups, if there is one."""
+        for name, weight in self._parameters.items():
+            if weight.grad is not None:
+                return Fault(
+                    f"the weight of table {name!r} has a gradient beside that of its lookups, as "
+                    "of a penalty on model.parameters(), and rows take none",
+                    way_out="penalize what the lookups return, or use weight_decay",
                 )
         return None
 
