@@ -136,7 +136,7 @@ def merge(lookups: Sequence[Lookup], features: Features) -> RowGradients:
         [one.source_N + first for one, first in zip(spreads, firsts[:-1], strict=True)]
     )
     gradients = torch.cat([one.gradients for one in spreads])
-    sorted_N, order_N = ids_N.sort(stable=True)
+    sorted_N, order_N = _sorted(ids_N)
     rows_U, counts_U = torch.unique_consecutive(sorted_N, return_counts=True)
     if len(rows_U) == 0:
         return RowGradients(rows_U, gradients.new_zeros(0, features.width), counts_U)
@@ -151,6 +151,17 @@ def merge(lookups: Sequence[Lookup], features: Features) -> RowGradients:
         per_sample_weights=scale_N,
     )
     return RowGradients(rows_U, grad_UD, counts_U)
+
+
+def _sorted(ids_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids in ascending order, equal ones as they came, and where each came."""
+    num_bits = (len(ids_N) - 1).bit_length()
+    if ids_N.is_cuda or len(ids_N) == 0 or int(ids_N.max()).bit_length() + num_bits > 63:
+        return ids_N.sort(stable=True)
+    # id and place in one number: NumPy sorts int64 with SIMD, up to 13 times as fast as torch
+    packed_N = (ids_N << num_bits) | torch.arange(len(ids_N))
+    packed_N.numpy().sort()
+    return packed_N >> num_bits, packed_N & ((1 << num_bits) - 1)
 
 
 def _spread(lookup: Lookup, features: Features) -> _Spread:
