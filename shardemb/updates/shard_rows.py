@@ -111,8 +111,8 @@ class ShardRows:
     def write(self, new: NewRows) -> None:
         """Takes over what `updated` returned."""
         for name, value in new.state.items():
-            self.state[name].index_copy_(0, new.rows_U, value)
-        self.weight_RD.index_copy_(0, new.rows_U, new.weight_UD)
+            _write(self.state[name], new.rows_U, value)
+        _write(self.weight_RD, new.rows_U, new.weight_UD)
 
     @staticmethod
     def check(gradients: RowGradients, new: NewRows) -> torch.Tensor:
@@ -162,3 +162,11 @@ class ShardRows:
             first_column=self.first_column,
             num_updates=num_updates,
         )
+
+
+def _write(block: torch.Tensor, rows_U: torch.Tensor, values: torch.Tensor) -> None:
+    """Replaces rows of a block [R, D] or [R]."""
+    if block.dim() == 2 and block.dtype == torch.float32 and not block.is_cuda:
+        # on CPU index_copy_ goes from element to element; any width is a multiple of four
+        block, values = block.view(torch.complex128), values.view(torch.complex128)
+    block.index_copy_(0, rows_U, values)
