@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 _OF_ROWS = (
     "aten::index_select",
     "aten::index_copy_",
-    "aten::index_fill_",
+    "aten::index_add_",
     "fbgemm::split_embedding_",
     "fbgemm::dense_embedding_codegen_lookup_function",
 )
