@@ -20,11 +20,13 @@ def merged(ids_N: torch.Tensor, gradient_ND: torch.Tensor) -> RowGradients:
             weights_N=None,
             gradient=gradient_ND[part],
             batches=(),
+            num_features=1,
+            pooling="sum",
         )
         for part in (slice(half), slice(half, None))
     ]
     features = Features(first=0, count=1, first_column=0, width=WIDTH)
-    return merge(lookups, features, 1, pooling="sum")
+    return merge(lookups, features)
 
 
 @pytest.mark.parametrize("num_ids", [1, 2, 1000, 50_000])
