@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from shardemb.modules.embedding import EmbeddingCollection as EmbeddingCollection
     from shardemb.modules.embedding_bag import EmbeddingBagCollection as EmbeddingBagCollection
     from shardemb.modules.from_torch import from_torch as from_torch
-    from shardemb.optimizer import build_optimizer as build_optimizer
+    from shardemb.optimizer_builder import build_optimizer as build_optimizer
     from shardemb.pipeline import TrainPipeline as TrainPipeline
     from shardemb.placement import ShardingPlan as ShardingPlan
     from shardemb.plan import plan_sharding as plan_sharding
@@ -57,7 +57,7 @@ _HOME = {
     "TrainPipeline": "shardemb.pipeline",
     "TrainingHealth": "shardemb.health",
     "Workload": "shardemb.workload",
-    "build_optimizer": "shardemb.optimizer",
+    "build_optimizer": "shardemb.optimizer_builder",
     "from_torch": "shardemb.modules.from_torch",
     "init_distributed": "shardemb.env",
     "keyed_jagged_tensor": "shardemb.data.batches",

@@ -30,8 +30,9 @@ from shardemb.plans.fit import check_fits
 from shardemb.replicated_sequences import keep_replicated_sequences_apart
 from shardemb.rows import Origin, left_unfilled, origin_of, set_rows
 from shardemb.uneven_batches import allow_uneven_batches
-from shardemb.updates.install import PooledSharder, SequenceSharder, Trained, is_fused
+from shardemb.updates.install import Trained, is_fused
 from shardemb.updates.replicated import watch_lookups
+from shardemb.updates.sharded import PooledRowSharder, SequenceRowSharder
 from shardemb.updates.slices import groups_of_slices
 from shardemb.updates.trained import Backwards, TrainedTable, note_backwards, note_tables
 
@@ -84,31 +85,23 @@ def shard_modules(
                 local_world_size=env.local_world_size,
                 device_type=env.device.type,
             ),
-            sharders=[PooledSharder(trained), SequenceSharder(trained)],
+            sharders=[PooledRowSharder(trained), SequenceRowSharder(trained)],
         )
     tables: dict[str, TrainedTable] = {}
     backwards = Backwards()
     for path, collection in collections.items():
         module = sharded.module.get_submodule(path)
         keys = _fill(module, collection, origins, env)
-        of_collection = {
-            name: TrainedTable(
-                name=name,
-                key=".".join(filter(None, (path, keys[name]))),
-                training=trained[name].training,
-            )
-            for name in collection.tables
-            if name in trained
+        of_collection = {name: trained[name].training for name in keys if name in trained}
+        for name, training in of_collection.items():
+            key = ".".join(filter(None, (path, keys[name])))
+            tables[name] = TrainedTable(key=key, training=training)
+        replicated = {
+            name: (module.get_parameter(keys[name]), training)
+            for name, training in of_collection.items()
+            if layout_of[name] == DataParallel.torchrec_name
         }
-        tables |= of_collection
-        watch_lookups(
-            module,
-            {
-                name: (module.get_parameter(keys[name]), table.training)
-                for name, table in of_collection.items()
-                if layout_of[name] == DataParallel.torchrec_name
-            },
-        )
+        watch_lookups(module, replicated)
         limits = limits_of(table.config for table in collection.tables.values())
         guard = GuardedForward(
             limits,
@@ -121,20 +114,28 @@ def shard_modules(
         exchanges = any(layout_of[name] != DataParallel.torchrec_name for name in collection.tables)
         watch = partial(backwards.watch, path) if exchanges else _do_nothing
         if collection.is_pooled:
-            module._has_mean_pooling_callback = False  # FinishPooled divides
-            allow_uneven_batches(module, env)
-            module.register_forward_hook(
-                FinishPooled(outputs, declared_order=declared_order, watch=watch)
+            _finish_pooled(
+                module, FinishPooled(outputs, declared_order=declared_order, watch=watch), env
             )
         else:
-            if env.device.type == "cpu":
-                keep_replicated_sequences_apart(module)
-            module.register_forward_hook(FinishSequences(outputs, watch))
+            _finish_sequences(module, FinishSequences(outputs, watch), env)
     note_tables(sharded, tables)
     note_backwards(sharded, backwards)
     if env.world_size > 1:
         refuse_second_backwards(sharded)
     return sharded
+
+
+def _finish_pooled(module: ShardedEmbeddingModule, finish: FinishPooled, env: Env) -> None:
+    module._has_mean_pooling_callback = False  # FinishPooled divides
+    allow_uneven_batches(module, env)
+    module.register_forward_hook(finish)
+
+
+def _finish_sequences(module: ShardedEmbeddingModule, finish: FinishSequences, env: Env) -> None:
+    if env.device.type == "cpu":
+        keep_replicated_sequences_apart(module)
+    module.register_forward_hook(finish)
 
 
 def _do_nothing(output: torch.Tensor) -> None:

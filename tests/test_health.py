@@ -16,7 +16,7 @@ import shardemb as se
 from shardemb import layouts, optim
 from shardemb.env import Env
 from shardemb.optim import SparseOptimizer
-from shardemb.updates.install import row_kernels
+from shardemb.updates.sharded import row_kernels
 from tests.reference import Reference
 from tests.spmd import spmd
 from tests.test_every_layout import every_layout, sequence_layouts

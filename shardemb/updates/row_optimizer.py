@@ -9,14 +9,14 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizer
 
-from shardemb.updates.faults import Fault, is_finite
-from shardemb.updates.install import row_kernels
+from shardemb.updates.faults import Fault
 from shardemb.updates.kernel import RowKernel
 from shardemb.updates.lookups import RowGradients
 from shardemb.updates.replicated import ReplicatedRows, merge_replicated, replicated_rows
-from shardemb.updates.row_state import give_to_slices, saved_once
+from shardemb.updates.settings import TableSettings
 from shardemb.updates.shard_rows import NewRows, ShardRows
-from shardemb.updates.slices import run_together
+from shardemb.updates.sharded import row_kernels
+from shardemb.updates.slices import give_to_slices, run_together, saved_once
 from shardemb.updates.trained import TrainedTable
 
 Touched = list[tuple[ShardRows, RowGradients]]
@@ -33,12 +33,6 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
 
     def __init__(self, model: DistributedModelParallel, tables: Mapping[str, TrainedTable]) -> None:
         self._number_of = {name: number for number, name in enumerate(tables)}
-        self._tables = tables
-        self._declared = {name: vars(table.training.optimizer) for name, table in tables.items()}
-        self._accepted: dict[str, dict[str, Any]] = {}
-        self._is_stateless = {
-            name for name, table in tables.items() if not table.training.optimizer.state
-        }
         self._kernels: Sequence[RowKernel] = row_kernels(model)
         self._replicated: Sequence[ReplicatedRows] = replicated_rows(model)
         keys = {table.key for table in tables.values()}
@@ -62,6 +56,9 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
             for name, table in tables.items()
         }
         super().__init__(params, state, list(self._groups.values()))
+        self.settings = TableSettings(
+            {name: table.training.optimizer for name, table in tables.items()}, self._groups
+        )
         self.named_groups = [(table.key, self._groups[name]) for name, table in tables.items()]
         """Each group with the name of its table's weight, the same on every rank."""
         self._sharded = {
@@ -114,44 +111,6 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
             weight.grad = None
         for table in self._replicated:
             table.clear()
-
-    def check_settings(self) -> None:
-        """Refuses groups that hold what a table's optimizer cannot take, the same on all ranks.
-
-        Raises:
-            ValueError: One does.
-        """
-        for name, group in self._groups.items():
-            held = {
-                field: group[field].item() if hasattr(group[field], "item") else group[field]
-                for field in self._declared[name]
-                if field in group
-            }
-            if held == self._accepted.get(name):
-                continue
-            kind = type(self._tables[name].training.optimizer)
-            # numbers that are not finite are found on any rank alone; a schedule may end at lr 0
-            usual = {field: value for field, value in held.items() if is_finite(value)}
-            usual["lr"] = usual.get("lr") or self._declared[name]["lr"]
-            missing = sorted(set(self._declared[name]) - set(held))
-            try:
-                if missing:
-                    raise ValueError(f"{kind.__name__}: {missing[0]} is missing")
-                kind(**self._declared[name] | usual)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"the parameter group of table {name!r}: {error}") from error
-            self._accepted[name] = held
-
-    def fault_of_settings(self) -> Fault | None:
-        """The first setting that a table cannot take, if there is one."""
-        for name, group in self._groups.items():
-            if group.get("momentum") and name in self._is_stateless:
-                return Fault(
-                    f"momentum of table {name!r} is {group['momentum']}, and its SGD was declared "
-                    "without, so that its rows have no state for it",
-                    way_out="declare it with momentum, of which a scheduler may change the value",
-                )
-        return None
 
     def fault_of_parameters(self) -> Fault | None:
         """The first table of which the loss has a gradient beside its lookups, if there is one."""

@@ -1,10 +1,21 @@
-"""Sums over whole rows, where ranks hold different columns of them."""
+"""Rows of which ranks hold different columns: sums over whole rows, and state of one number a row.
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Generic, TypeVar
+Every slice holds such state, and it is saved once; TorchRec would save it slice after slice, in
+another shape than under other layouts.
+"""
+
+# R rows
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
+from torch.distributed._shard.sharding_spec import ShardMetadata
+
+from shardemb.updates.shard_rows import ShardRows
 
 T = TypeVar("T")
 
@@ -21,36 +32,26 @@ def run_together(
     Returns:
         What each returned.
     """
-    runs = [_Run(update, group) for update, group in updates]
-    while waiting := [(run, run.asked) for run in runs if run.asked is not None]:
-        totals = _summed([asked for _, asked in waiting], [run.group for run, _ in waiting])
-        for (run, _), total in zip(waiting, totals, strict=True):
-            run.go_on(total)
-    return [run.result for run in runs]
+    results: dict[int, T] = {}
+    runs = dict(enumerate(updates))
+    asked: dict[int, torch.Tensor] = {}
 
-
-class _Run(Generic[T]):
-    """An update, and what it asks for or has returned."""
-
-    result: T
-
-    def __init__(
-        self,
-        update: Generator[torch.Tensor, torch.Tensor, T],
-        group: dist.ProcessGroup | None,
-    ) -> None:
-        self.group, self._update = group, update
-        self._step(lambda: next(update))
-
-    def go_on(self, total: torch.Tensor) -> None:
-        self._step(lambda: self._update.send(total))
-
-    def _step(self, step: Callable[[], torch.Tensor]) -> None:
-        self.asked: torch.Tensor | None = None
+    def advance(number: int, total: torch.Tensor | None) -> None:
+        update, _ = runs[number]
         try:
-            self.asked = step()
+            asked[number] = next(update) if total is None else update.send(total)
         except StopIteration as end:
-            self.result = end.value
+            results[number] = end.value
+
+    for number in runs:
+        advance(number, None)
+    while asked:
+        waiting, parts = list(asked), list(asked.values())
+        asked.clear()
+        totals = _summed(parts, [runs[number][1] for number in waiting])
+        for number, total in zip(waiting, totals, strict=True):
+            advance(number, total)
+    return [results[number] for number in runs]
 
 
 def _summed(
@@ -87,3 +88,62 @@ def groups_of_slices(
         ranks: world if len(ranks) == world.size() else dist.new_group(list(ranks), timeout=timeout)
         for ranks in sorted({tuple(sorted(ranks)) for ranks in rank_sets})
     }
+
+
+def saved_once(weight: ShardedTensor, state: str, blocks: Iterable[ShardRows]) -> ShardedTensor:
+    """A row-wise state as one tensor over all rows, of which the first slice has the shards.
+
+    Args:
+        weight: The table.
+        state: Name of the state.
+        blocks: Those of the table on this rank.
+
+    Returns:
+        A float32 tensor [R] of the same storage.
+    """
+    of_weight = weight.metadata()
+    shards = [
+        ShardMetadata(
+            shard_offsets=shard.shard_offsets[:1],
+            shard_sizes=shard.shard_sizes[:1],
+            placement=shard.placement,
+        )
+        for shard in of_weight.shards_metadata
+        if shard.shard_offsets[1] == 0
+    ]
+    held = {rows.first_row: rows.state[state] for rows in blocks if rows.first_column == 0}
+    local = [
+        Shard(held[shard.shard_offsets[0]], shard)
+        for shard in shards
+        if shard.shard_offsets[0] in held
+    ]
+    metadata = ShardedTensorMetadata(
+        shards_metadata=shards,
+        size=torch.Size(of_weight.size[:1]),
+        tensor_properties=TensorProperties(
+            dtype=torch.float32, layout=torch.strided, requires_grad=False
+        ),
+    )
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        local, metadata, process_group=weight._process_group
+    )
+
+
+def give_to_slices(weights: Mapping[str, ShardedTensor], blocks: Iterable[ShardRows]) -> None:
+    """Gives all slices the row-wise states that the first one was loaded with.
+
+    Args:
+        weights: The tables by name.
+        blocks: Those of this rank, in the same order on all ranks of a table.
+    """
+    for rows in blocks:
+        if rows.slices is None:
+            continue
+        of_table = weights[rows.table].metadata().shards_metadata
+        first = next(
+            shard for shard in of_table if list(shard.shard_offsets) == [rows.first_row, 0]
+        )
+        for value in rows.state.values():
+            if value.dim() == 1:
+                assert first.placement is not None
+                dist.broadcast(value, src=first.placement.rank(), group=rows.slices)

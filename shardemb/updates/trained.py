@@ -19,12 +19,10 @@ class TrainedTable:
     """A table that is to be updated, on whatever ranks it lies.
 
     Attributes:
-        name: Its name.
         key: Of its weight in the model's state.
         training: How its rows are trained.
     """
 
-    name: str
     key: str
     training: RowTraining
 

@@ -1,0 +1,146 @@
+"""TorchRec's sharded collections, with our kernels in the place of FBGEMM's."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.batched_embedding_kernel import (
+    BatchedFusedEmbedding,
+    BatchedFusedEmbeddingBag,
+)
+from torchrec.distributed.embedding import (
+    EmbeddingCollectionSharder,
+    ShardedEmbeddingCollection,
+)
+from torchrec.distributed.embedding_types import ShardedEmbeddingModule
+from torchrec.distributed.embeddingbag import (
+    EmbeddingBagCollectionSharder,
+    ShardedEmbeddingBagCollection,
+)
+from torchrec.distributed.types import ParameterSharding, ShardingEnv
+
+from shardemb.updates.install import Trained, install
+from shardemb.updates.kernel import RowKernel
+
+
+class _WithRowKernels:
+    """A sharded collection that puts our kernels where its lookups have FBGEMM's.
+
+    Its replicated tables are not in a DistributedDataParallel, which averages gradients in every
+    backward pass, and wrongly where there are two after a forward; `merge_replicated` does so once,
+    in `step`.
+
+    Args:
+        trained: By the names of tables; the others are frozen.
+        options: What TorchRec's class takes.
+    """
+
+    def __init__(self, *, trained: Mapping[str, Trained], **options: Any) -> None:
+        self._trained = trained  # before the rest: TorchRec makes its lookups as it is made
+        super().__init__(**options)
+        self._lookups: list[nn.Module] = [
+            lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
+            for lookup in self._lookups
+        ]
+
+    def _create_lookups(self) -> None:
+        """Makes the lookups, as TorchRec asks for it."""
+        super()._create_lookups()  # type: ignore[misc]
+        kernels_of: list[Any] = [lookup._emb_modules for lookup in self._lookups]
+        self._row_kernels = [
+            [
+                install(kernel, self._trained)
+                for kernel in kernels
+                if isinstance(kernel, (BatchedFusedEmbeddingBag, BatchedFusedEmbedding))
+            ]
+            for kernels in kernels_of
+        ]
+
+    def compute_and_output_dist(self, ctx: Any, input: Any) -> Any:
+        """Looks up, as TorchRec asks for it; the kernels learn whose samples they look up."""
+        shardings = getattr(self, "_embedding_shardings", None)  # of pooled collections
+        for number, kernels in enumerate(self._row_kernels):
+            nodes = getattr(shardings[number], "_cross_pg", None) if shardings else None
+            context = ctx.sharding_contexts[number]
+            for kernel in kernels:
+                kernel.batches = _in_order(
+                    context.batch_size_per_rank, nodes.size() if nodes else 1
+                )
+        return super().compute_and_output_dist(ctx, input)  # type: ignore[misc]
+
+
+def _in_order(sizes: Sequence[int], num_nodes: int) -> list[tuple[int, int]]:
+    """Ranks and the sizes of their batches, by local rank and then by node."""
+    num_local = len(sizes) // num_nodes
+    return [
+        (rank, sizes[rank])
+        for local in range(num_local)
+        for rank in range(local, len(sizes), num_local)
+    ]
+
+
+class PooledCollection(_WithRowKernels, ShardedEmbeddingBagCollection):  # type: ignore[misc]
+    """TorchRec's sharded `EmbeddingBagCollection`."""
+
+
+class SequenceCollection(_WithRowKernels, ShardedEmbeddingCollection):  # type: ignore[misc]
+    """TorchRec's sharded `EmbeddingCollection`."""
+
+
+class _Sharder:
+    """Makes our sharded collections of TorchRec's.
+
+    Args:
+        trained: By the names of tables; the others are frozen.
+    """
+
+    sharded: ClassVar[type[_WithRowKernels]]
+
+    def __init__(self, trained: Mapping[str, Trained]) -> None:
+        super().__init__()
+        self._trained = trained
+
+    def shard(
+        self,
+        module: nn.Module,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> nn.Module:
+        """Shards a collection, as TorchRec asks for it."""
+        return self.sharded(
+            trained=self._trained,
+            module=module,
+            table_name_to_parameter_sharding=params,
+            env=env,
+            fused_params=self.fused_params,  # type: ignore[attr-defined]
+            device=device,
+            module_fqn=module_fqn,
+        )  # type: ignore[return-value]
+
+
+class PooledRowSharder(_Sharder, EmbeddingBagCollectionSharder):  # type: ignore[misc]
+    """TorchRec's sharder of an `EmbeddingBagCollection`."""
+
+    sharded = PooledCollection
+
+
+class SequenceRowSharder(_Sharder, EmbeddingCollectionSharder):  # type: ignore[misc]
+    """TorchRec's sharder of an `EmbeddingCollection`."""
+
+    sharded = SequenceCollection
+
+
+def row_kernels(model: nn.Module) -> list[RowKernel]:
+    """The kernels of a sharded model, in the order of its modules."""
+    return [
+        part
+        for module in model.modules()
+        if isinstance(module, ShardedEmbeddingModule)
+        for lookup in module._lookups
+        for part in lookup.modules()
+        if isinstance(part, RowKernel)
+    ]
