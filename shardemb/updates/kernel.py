@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardemb.errors import RunError
 from shardemb.updates.lookups import Features, Lookup, RowGradients, merge, sample_of
 from shardemb.updates.shard_rows import ShardRows
 
@@ -72,7 +71,6 @@ class RowKernel(nn.Module):
         self._num_features = sum(shard.features.count for shard in shards)
         self.batches: Sequence[tuple[int, int]] = ()
         """Of the next lookup: the ranks whose samples the bags are, in order, with their number."""
-        self._stale = False
         self._lookups: list[Lookup] = []
         self._last: _Fused | None = None
         self._lr = math.nan
@@ -150,32 +148,22 @@ class RowKernel(nn.Module):
             self._lr = lr
 
     def _keep(self, lookup: Lookup, graph: _Fused | None) -> None:
-        """Keeps what a backward pass left behind.
-
-        Raises:
-            RunError: No optimizer was built, or the gradients of the step before were not cleared.
-        """
-        if not self.trained[0].settings:
-            raise RunError(
-                f"table {self.trained[0].table!r} has a gradient and no optimizer; call "
-                "shardemb.build_optimizer before the first backward pass, its step updates rows"
-            )
-        if self._stale:
-            raise RunError(
-                f"table {self.trained[0].table!r} has the gradients of a step that is done; call "
-                "optimizer.zero_grad() before the next backward pass"
-            )
+        """Keeps what a backward pass left behind."""
+        self.trained[0].check_fresh()
         self._lookups.append(lookup)
         self._last = graph
 
     def clear(self) -> None:
         """Forgets all gradients."""
         self._lookups.clear()
-        self._last, self._stale = None, False
+        self._last = None
+        for rows in self.trained:
+            rows.is_stale = False
 
     def done(self) -> None:
         """Forgets gradients that were applied; the next ones need a `clear` before."""
-        self._stale = bool(self._lookups) or self._stale
+        for rows in self.trained:
+            rows.is_stale |= bool(self._lookups)
         self._lookups.clear()
         self._last = None
 

@@ -50,14 +50,36 @@ class ReplicatedRows:
     counts_R: torch.Tensor
     lookups: list[tuple[Lookup, Features]] = field(default_factory=list)
 
+    @property
+    def trained(self) -> list[ShardRows]:
+        """The table, as kernels give their blocks."""
+        return [self.rows]
+
     def clear(self) -> None:
         """Forgets the gradient and which rows were touched."""
         self.weight.grad = None
         self.counts_R.zero_()
         self.lookups.clear()
+        self.rows.is_stale = False
 
-    def sample_of(self, row: int) -> tuple[int, int] | None:
-        """Whose sample on this rank looked a row up in bags, if any: the rank and its number."""
+    def done(self) -> None:
+        """Forgets a gradient that was applied; the next one needs a `clear` before."""
+        is_stale = self.rows.is_stale or self.weight.grad is not None
+        self.clear()
+        self.rows.is_stale = is_stale
+
+    def sample_of(self, rows: ShardRows, row: int) -> tuple[int, int] | None:
+        """Whose sample on this rank looked a row up in bags, if any.
+
+        Args:
+            rows: A block; of another table there is none.
+            row: The row.
+
+        Returns:
+            The rank, and the number of the sample in its batch.
+        """
+        if rows is not self.rows:
+            return None
         for lookup, features in self.lookups:
             found = sample_of([lookup], features, row)
             if found is not None:
@@ -147,6 +169,7 @@ class _Watch:
             pooling=self._pooling,
         )
         for table, features in self._tables:
+            table.rows.check_fresh()
             start, end = ends[features.first], ends[features.first + features.count]
             ids_N = batch.values()[start:end]
             table.counts_R.index_add_(0, ids_N, torch.ones_like(ids_N, dtype=torch.int32))

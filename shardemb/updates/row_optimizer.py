@@ -96,8 +96,14 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
     @property
     def blocks(self) -> list[ShardRows]:
         """The blocks of tables that are trained on this rank."""
-        of_kernels = [rows for kernel in self._kernels for rows in kernel.trained]
-        return sorted([*of_kernels, *(table.rows for table in self._replicated)], key=self._place)
+        return sorted(
+            (rows for source in self._sources for rows in source.trained), key=self._place
+        )
+
+    @property
+    def _sources(self) -> list[RowKernel | ReplicatedRows]:
+        """Where gradients of rows come from."""
+        return [*self._kernels, *self._replicated]
 
     def _place(self, rows: ShardRows) -> tuple[int, int, int]:
         """Where a block comes in the order that all ranks share; that of their kernels differs."""
@@ -105,12 +111,10 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002, FBT001, FBT002
         """Forgets all gradients."""
-        for kernel in self._kernels:
-            kernel.clear()
+        for source in self._sources:
+            source.clear()
         for weight in self._parameters.values():
             weight.grad = None
-        for table in self._replicated:
-            table.clear()
 
     def fault_of_parameters(self) -> Fault | None:
         """The first table of which the loss has a gradient beside its lookups, if there is one."""
@@ -167,10 +171,8 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
             rows.write(its)
         for _, group in self.named_groups:
             group["step"] += 1
-        for kernel in self._kernels:
-            kernel.done()
-        for table in self._replicated:
-            table.clear()
+        for source in self._sources:
+            source.done()
 
     def fault(self, touched: Touched, new: Sequence[NewRows | None]) -> Fault | None:
         """The first value of an update on this rank that is not finite.
@@ -188,9 +190,8 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
         return None
 
     def _sample_of(self, rows: ShardRows, row: int) -> tuple[int, int] | None:
-        of_kernels = (kernel.sample_of(rows, row) for kernel in self._kernels)
-        replicated = (table.sample_of(row) for table in self._replicated if table.rows is rows)
-        return next((found for found in (*of_kernels, *replicated) if found is not None), None)
+        found = (source.sample_of(rows, row) for source in self._sources)
+        return next((sample for sample in found if sample is not None), None)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """Not of itself: `Optimizer.step` clips, checks and counts for all parts together."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from shardemb.errors import RunError
 from shardemb.modules.training import RowTraining
 from shardemb.optim import SparseOptimizer
 from shardemb.updates.formulas import update_rows
@@ -55,6 +56,7 @@ class ShardRows:
         slices: The ranks that hold the other columns of these rows, if they are split.
         replicated: Whether every rank holds the whole table.
         settings: The table's parameter group, when there is an optimizer.
+        is_stale: Whether its gradients were applied, and not cleared since.
     """
 
     table: str
@@ -68,6 +70,24 @@ class ShardRows:
     slices: dist.ProcessGroup | None = None
     replicated: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    is_stale: bool = False
+
+    def check_fresh(self) -> None:
+        """What a backward pass asks before it leaves a gradient behind.
+
+        Raises:
+            RunError: No optimizer was built, or the gradients of the step before were not cleared.
+        """
+        if not self.settings:
+            raise RunError(
+                f"table {self.table!r} has a gradient and no optimizer; call "
+                "shardemb.build_optimizer before the first backward pass, its step updates rows"
+            )
+        if self.is_stale:
+            raise RunError(
+                f"table {self.table!r} has the gradients of a step that is done; call "
+                "optimizer.zero_grad() before the next backward pass"
+            )
 
     def movable(self, gradients: RowGradients) -> RowGradients:
         """Those rows that are to be updated: neither frozen nor padding."""
