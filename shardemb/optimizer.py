@@ -67,7 +67,7 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         super().__init__(parts)
         self.rows, self.dense, self._backwards = rows, dense, backwards
         for name in ("betas", "momentum"):  # by which torch's schedulers know what they may cycle
-            if all(name in group for group in self.param_groups):
+            if self.param_groups and all(name in group for group in self.param_groups):
                 self.defaults[name] = self.param_groups[0][name]
         self._max_norm = max_norm
         self._observers: list[Callable[[StepGradients], None]] = []

@@ -188,10 +188,13 @@ def test_ranks_train_by_a_file_or_are_refused_together(env: se.Env, tmp_path: Pa
     for plan in (made, se.load_plan(path, se.EmbeddingBagCollection(configs), env)):
         assert plan == made
         sharded = se.shard_modules(se.EmbeddingBagCollection(configs), plan, env)
+        optimizer = se.build_optimizer(sharded)
         features = se.keyed_jagged_tensor(batch, configs)
         for _ in range(2):
+            optimizer.zero_grad()
             values = sharded(features).wait().values()
             values.sum().backward()
+            optimizer.step()
         outputs.append(values.detach())
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
 
