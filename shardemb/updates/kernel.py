@@ -42,12 +42,10 @@ class _Fused:
 
     Attributes:
         output: Of FBGEMM, with its graph.
-        total: The sum of the output, finite only if the rows that were looked up are.
         lr: The learning rate that FBGEMM's CPU kernel takes from the forward pass.
     """
 
     output: torch.Tensor
-    total: torch.Tensor
     lr: float
 
 
@@ -114,9 +112,7 @@ class RowKernel(nn.Module):
         with torch.set_grad_enabled(self._fused):
             self._set_lr()
             output: torch.Tensor = self.fbgemm(*arguments)
-        graph = None
-        if self._fused:
-            graph = _Fused(output=output, total=output.detach().sum(), lr=self._lr)
+        graph = _Fused(output=output, lr=self._lr) if self._fused else None
         batches = self.batches
 
         def keep(gradient: torch.Tensor) -> None:
@@ -188,8 +184,7 @@ class RowKernel(nn.Module):
         norm = torch.linalg.vector_norm(lookup.gradient)
         if lookup.weights_N is not None:
             norm = norm * torch.linalg.vector_norm(lookup.weights_N).clamp(min=1.0)
-        largest = float(torch.maximum(norm, self._last.total.abs()))
-        return largest < _LARGEST_NORM and abs(self._last.lr) < _LARGEST_NORM
+        return float(norm) < _LARGEST_NORM and abs(self._last.lr) < _LARGEST_NORM
 
     def step_fused(self) -> None:
         """Lets FBGEMM update the rows."""

@@ -181,7 +181,9 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
             touched: Of `touched`.
             new: What becomes of the rows of each, as far as it is known.
         """
-        for (rows, gradients), its in zip(touched, new, strict=True):
+        left = [found for kernel in self._of_fbgemm for found in kernel.merged()]
+        becoming = [*new, *[None] * len(left)]
+        for (rows, gradients), its in zip([*touched, *left], becoming, strict=True):
             found = rows.fault(gradients, its)
             if found is not None:
                 row, what = found
