@@ -41,12 +41,11 @@ def from_torch(
     - Its key in `state_dict()` goes from `emb_l.0.weight` to
       `emb_l.0.collection.embedding_bags.emb_l_0.weight`, and for `nn.Embedding` to
       `item.collection.embeddings.item.weight`. So load a checkpoint of the torch model before.
-    - Once sharded, `optimizer` updates the rows in the backward pass; until then they are
-      parameters as before. Frozen ones (`requires_grad=False`) are never updated. `sparse=True`
-      has no effect: only rows that were looked up are touched anyway.
+    - Once sharded, `optimizer` updates the rows, when that of `build_optimizer` steps; until then
+      they are parameters as before. Frozen ones (`requires_grad=False`) are never updated.
+      `sparse=True` has no effect: only rows that were looked up are touched anyway.
     - Once sharded there is no whole `weight`. Every rank makes every call, be it with no ids, and
-      each call is an exchange between the ranks. A trained table is looked up once in a step;
-      `TrainPipeline` refuses a second lookup.
+      each call is an exchange between the ranks.
 
     Args:
         model: Holds the modules; their weights on rank 0 count.
