@@ -22,6 +22,7 @@ from shardemb.agree import all_or_none
 from shardemb.env import Env, init_distributed
 from shardemb.errors import RunError
 from shardemb.optimizer import DENSE, FUSED, Optimizer
+from shardemb.updates.settings import settings_of
 
 _FORMAT = 2
 _HEADER = "shardemb.json"
@@ -140,7 +141,7 @@ def load_checkpoint(
             f"checkpoint {path} could not be read: {_first_cause(error)}; see to the disk, or "
             "load an older checkpoint"
         ) from error
-    _restore_dense_state(optimizer, dense_state)
+    optimizer.load_dense_state(_by_parameter(dense_state))
     for group, saved in settings:
         group.update({key: _like(group.get(key), value) for key, value in saved.items()})
     optimizer.zero_grad()
@@ -194,18 +195,13 @@ def _empty_dense_state(stored: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _restore_dense_state(optimizer: Optimizer, dense_state: Mapping[str, torch.Tensor]) -> None:
-    dense = optimizer.dense
-    if dense is not None:
-        dense.state.clear()  # a checkpoint of step 0 has none
+def _by_parameter(dense_state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """The dense optimizer's state by the names of parameters."""
+    state: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in dense_state.items():
         parameter, name = key.removeprefix(f"{_OPTIMIZER}/{DENSE}/").rsplit("/", 1)
-        assert dense is not None  # the checkpoint's settings are its
-        weight = dense.params[parameter]
-        # torch keeps the step count on the CPU, and moments beside their parameter
-        dense.state.setdefault(weight, {})[name] = (
-            tensor if name == "step" else tensor.to(weight.device)
-        )
+        state.setdefault(parameter, {})[name] = tensor
+    return state
 
 
 def _parameter_groups(optimizer: Optimizer) -> list[tuple[list[str], dict[str, Any]]]:
@@ -222,7 +218,7 @@ def _parameter_groups(optimizer: Optimizer) -> list[tuple[list[str], dict[str, A
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     """Learning rate and the like of a parameter, as JSON gives them back."""
-    return {key: _as_json(value) for key, value in group.items() if key != "params"}
+    return {key: _as_json(value) for key, value in settings_of(group).items()}
 
 
 def _like(held: Any, saved: Any) -> Any:

@@ -113,7 +113,8 @@ class TrainingHealth:
         self._never_R: dict[tuple[str, int], torch.Tensor] = {}
         for rows in optimizer.rows.blocks:
             if _counts_here(rows):
-                never_R = _movable(rows)
+                held_RD = rows.weight_RD
+                never_R = rows.moves(torch.arange(len(held_RD), device=held_RD.device))
                 self._never_R[rows.table, rows.first_row] = never_R
                 numbers_5 = self._numbers_T5[self._number_of[rows.table]]
                 numbers_5[_NEVER] += never_R.sum()
@@ -171,15 +172,3 @@ class TrainingHealth:
 def _counts_here(rows: ShardRows) -> bool:
     """Whether it is this rank and block that counts the rows, of those that have the same."""
     return rows.first_column == 0 and (not rows.replicated or dist.get_rank() == 0)
-
-
-def _movable(rows: ShardRows) -> torch.Tensor:
-    """Which rows of a block may move, bool [R]."""
-    moves_R = torch.ones(len(rows.weight_RD), dtype=torch.bool, device=rows.weight_RD.device)
-    training = rows.training
-    moves_R[: max(0, training.frozen_rows - rows.first_row)] = False
-    if training.padding_idx is not None:
-        at = training.padding_idx - rows.first_row
-        if 0 <= at < len(moves_R):
-            moves_R[at] = False
-    return moves_R

@@ -12,7 +12,12 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from shardemb.errors import RunError
 from shardemb.updates.faults import WAY_OUT, Fault, fault_of, largest_of, raise_first
 from shardemb.updates.row_optimizer import RowOptimizer, Touched
-from shardemb.updates.settings import digest_of, fault_of_difference, fault_of_settings
+from shardemb.updates.settings import (
+    digest_of,
+    fault_of_difference,
+    fault_of_settings,
+    settings_of,
+)
 from shardemb.updates.shard_rows import NewRows
 from shardemb.updates.trained import Backwards
 
@@ -178,10 +183,7 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
             "state" by the names of parameters, as of any `CombinedOptimizer`, where tables lie with
             their `ShardedTensor`s; and "param_groups", the settings of the groups in their order.
         """
-        groups = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.param_groups
-        ]
+        groups = [settings_of(group) for group in self.param_groups]
         return {**super().state_dict(), "param_groups": groups}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -202,14 +204,28 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
                 f"has {mine}; load it into the optimizer it was saved from"
             )
         self.rows.load_state_dict({"state": _under(FUSED, state_dict["state"])})
-        for name, state in _under(DENSE, state_dict["state"]).items():
-            weight = self.dense_parameters[name]
-            self.dense.state[weight] = {  # type: ignore[union-attr]
-                key: value.clone() if isinstance(value, torch.Tensor) else value
-                for key, value in state.items()
-            }
+        self.load_dense_state(_under(DENSE, state_dict["state"]))
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update(saved)
+
+    def load_dense_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Replaces all state of the dense optimizer by copies; none is given before its first step.
+
+        Args:
+            state: State tensors and values by the names of parameters.
+        """
+        if self.dense is None:
+            return
+        self.dense.state.clear()
+        for name, entries in state.items():
+            weight = self.dense_parameters[name]
+            # torch keeps the step count on the CPU, and moments beside their parameter
+            self.dense.state[weight] = {
+                key: value.to(value.device if key == "step" else weight.device, copy=True)
+                if isinstance(value, torch.Tensor)
+                else value
+                for key, value in entries.items()
+            }
 
     def _show(self, touched: Touched) -> torch.Tensor:
         """Shows a step to those who watch; the sum of squares of what counts on this rank."""

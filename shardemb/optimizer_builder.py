@@ -11,13 +11,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from shardemb.optimizer import Optimizer
 from shardemb.updates.row_optimizer import RowOptimizer
-from shardemb.updates.trained import (
-    has_optimizer,
-    ids_of_table_parameters,
-    note_optimizer,
-    noted_backwards,
-    noted_tables,
-)
+from shardemb.updates.trained import ids_of_table_parameters, noted_trained
 
 
 def build_optimizer(
@@ -45,13 +39,13 @@ def build_optimizer(
         ValueError: The model is not sharded or has an optimizer already, or has dense parameters
             and `dense` makes no optimizer of them, or `max_norm` is not positive.
     """
-    tables = noted_tables(model)
-    if not isinstance(model, DistributedModelParallel) or tables is None:
+    trained = noted_trained(model)
+    if not isinstance(model, DistributedModelParallel) or trained is None:
         raise ValueError(
             "build_optimizer takes the model that shard_modules returned, got "
             f"{type(model).__name__}"
         )
-    if has_optimizer(model):
+    if trained.has_optimizer:
         raise ValueError(
             "the model has an optimizer of build_optimizer already, and its rows would obey only "
             "one of the two; use that one, or shard the model again"
@@ -73,9 +67,9 @@ def build_optimizer(
     keyed = KeyedOptimizerWrapper(parameters, dense) if parameters else None
     if keyed is not None:
         _check_takes_only(keyed, parameters)
-    note_optimizer(model)
-    rows = RowOptimizer(model, tables)
-    return Optimizer(rows, keyed, backwards=noted_backwards(model), max_norm=max_norm)
+    trained.has_optimizer = True
+    rows = RowOptimizer(model, trained.tables)
+    return Optimizer(rows, keyed, backwards=trained.backwards, max_norm=max_norm)
 
 
 def _check_takes_only(keyed: KeyedOptimizerWrapper, parameters: Mapping[str, nn.Parameter]) -> None:

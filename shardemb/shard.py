@@ -34,7 +34,7 @@ from shardemb.updates.install import Trained, is_fused
 from shardemb.updates.replicated import watch_lookups
 from shardemb.updates.sharded import PooledRowSharder, SequenceRowSharder
 from shardemb.updates.slices import groups_of_slices
-from shardemb.updates.trained import Backwards, TrainedTable, note_backwards, note_tables
+from shardemb.updates.trained import Backwards, TrainedModel, TrainedTable, note_trained
 
 
 def shard_modules(
@@ -119,8 +119,7 @@ def shard_modules(
             )
         else:
             _finish_sequences(module, FinishSequences(outputs, watch), env)
-    note_tables(sharded, tables)
-    note_backwards(sharded, backwards)
+    note_trained(sharded, TrainedModel(tables=tables, backwards=backwards))
     if env.world_size > 1:
         refuse_second_backwards(sharded)
     return sharded

@@ -15,6 +15,7 @@ from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingDist
 from torchrec.distributed.types import Awaitable
 
 from shardemb.env import Env
+from shardemb.updates.sharded import ranks_in_output
 
 
 class _EvenBatches(nn.Module):
@@ -50,12 +51,8 @@ class _EvenBatches(nn.Module):
             awaitable: Awaitable[torch.Tensor] = self._inner(pooled_ND, context)
             return awaitable
         largest = max(sizes)
-        num_local = len(sizes) // self._num_nodes
-        in_order = [
-            sizes[local + node * num_local]
-            for local in range(num_local)
-            for node in range(self._num_nodes)
-        ]
+        ranks = ranks_in_output(len(sizes), num_nodes=self._num_nodes)
+        in_order = [sizes[rank] for rank in ranks]
         padded = torch.cat(
             [
                 functional.pad(part, (0, 0, 0, largest - len(part)))

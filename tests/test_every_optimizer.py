@@ -54,17 +54,23 @@ def make_tables() -> list[se.TableConfig]:
     ]
 
 
-def case(env: Env, layout: Layout, *, sequence: bool) -> Case:
+def case_of(layout: Layout, *, sequence: bool) -> Case:
+    """All tables under one layout, for some steps; samples are left to the test."""
     tables = make_tables()
     return Case(
         tables=[replace(table, pooling="sum") for table in tables] if sequence else tables,
         where={table.name: layout for table in tables},
-        num_samples=[4] * env.world_size,
-        num_steps=20,
+        num_samples=[],
+        num_steps=4,
         sequence=sequence,
         tolerance=5e-5,
-        linear=True,
     )
+
+
+def case(env: Env, layout: Layout, *, sequence: bool) -> Case:
+    samples = [4] * env.world_size
+    some = case_of(layout, sequence=sequence)
+    return replace(some, num_samples=samples, num_steps=20, linear=True)
 
 
 def cases(env: Env) -> Iterator[Case]:

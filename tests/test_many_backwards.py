@@ -11,12 +11,11 @@ from torchrec import KeyedJaggedTensor
 import shardemb as se
 from shardemb import layouts
 from shardemb.env import Env
-from shardemb.layouts import Layout
 from tests.every_layout import Case, batch_of, check_rows, loss_of
 from tests.reference import Reference
 from tests.spmd import spmd
 from tests.test_every_layout import every_layout, sequence_layouts
-from tests.test_every_optimizer import make_tables
+from tests.test_every_optimizer import case_of
 
 Way = Literal["two lookups", "two lookups, two backwards", "one lookup, two backwards"]
 WAYS: tuple[Way, ...] = ("two lookups", "two lookups, two backwards", "one lookup, two backwards")
@@ -89,25 +88,13 @@ def check(env: Env, case: Case, way: Way) -> None:
     check_rows(case, reference, before, state, optimizer.state_dict()["state"])
 
 
-def case(layout: Layout, *, sequence: bool) -> Case:
-    tables = make_tables()
-    return Case(
-        tables=[replace(table, pooling="sum") for table in tables] if sequence else tables,
-        where={table.name: layout for table in tables},
-        num_samples=[],
-        num_steps=4,
-        sequence=sequence,
-        tolerance=5e-5,
-    )
-
-
 @spmd(world_size=2)
 def test_lookups_and_backwards_before_a_step_are_merged_for_every_optimizer(env: Env) -> None:
     for way in WAYS:
         for layout in every_layout(env):
-            check(env, case(layout, sequence=False), way)
+            check(env, case_of(layout, sequence=False), way)
         for layout in sequence_layouts(env):
-            check(env, case(layout, sequence=True), way)
+            check(env, case_of(layout, sequence=True), way)
 
 
 class Scored(Lookups):
@@ -124,8 +111,8 @@ class Scored(Lookups):
 
 @spmd(world_size=2)
 def test_backwards_whose_dense_gradients_would_not_be_averaged_are_refused(env: Env) -> None:
-    model = Scored(case(layouts.row_wise(), sequence=False))
-    one = replace(case(layouts.row_wise(), sequence=False), num_samples=[3, 2])
+    model = Scored(case_of(layouts.row_wise(), sequence=False))
+    one = replace(case_of(layouts.row_wise(), sequence=False), num_samples=[3, 2])
     sharded = se.shard_modules(model, se.plan_sharding(model, env, one.where), env)
     se.build_optimizer(sharded, dense=lambda p: torch.optim.SGD(p, lr=0.1)).zero_grad()
     batch = batch_of(one, 0, env.rank)

@@ -22,7 +22,7 @@ from shardemb.layouts import Layout
 from tests.every_layout import Case, check_rows
 from tests.reference import Reference
 from tests.spmd import run_ranks, spmd
-from tests.test_every_optimizer import make_tables
+from tests.test_every_optimizer import case_of, make_tables
 
 WIDTH = 16
 SIZES = {2: ((4, 1, 2), (3, 5, 2))}
@@ -133,18 +133,6 @@ def check(env: Env, case: Case, *, max_norm: float | None = None) -> None:
     check_rows(case, reference, before, state, optimizer.state_dict()["state"])
 
 
-def case(layout: Layout, *, sequence: bool) -> Case:
-    tables = make_tables()
-    return Case(
-        tables=[replace(table, pooling="sum") for table in tables] if sequence else tables,
-        where={table.name: layout for table in tables},
-        num_samples=[],
-        num_steps=4,
-        sequence=sequence,
-        tolerance=5e-5,
-    )
-
-
 @spmd(world_size=2)
 def test_micro_batches_equal_one_batch_of_all_samples_for_every_optimizer(env: Env) -> None:
     for layout in (
@@ -153,9 +141,9 @@ def test_micro_batches_equal_one_batch_of_all_samples_for_every_optimizer(env: E
         layouts.column_wise(ranks=[1, 0]),
         layouts.data_parallel(),
     ):
-        check(env, case(layout, sequence=False))
-        check(env, case(layout, sequence=False), max_norm=0.7)
-        check(env, case(layout, sequence=True))
+        check(env, case_of(layout, sequence=False))
+        check(env, case_of(layout, sequence=False), max_norm=0.7)
+        check(env, case_of(layout, sequence=True))
 
 
 def losses_of_four_parts(env: Env, folder: str) -> None:

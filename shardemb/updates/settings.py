@@ -80,7 +80,7 @@ def fault_of_settings(groups: Iterable[Mapping[str, Any]]) -> Fault | None:
         "lr of table 'user' is nan"
     """
     for group in groups:
-        for name, value in _settings_of(group).items():
+        for name, value in settings_of(group).items():
             if not is_finite(value):
                 return Fault(f"{name} of {_owner(group)} is {value}")
     return None
@@ -100,7 +100,7 @@ def digest_of(groups: Iterable[Mapping[str, Any]], reached: Sequence[str]) -> in
 
     So few that a sum of squares over a thousand ranks is exact in float64.
     """
-    said = [reached, *(_settings_of(group) for group in groups)]
+    said = [reached, *(settings_of(group) for group in groups)]
     return zlib.crc32(repr(said).encode()) & 0xFFFF
 
 
@@ -113,7 +113,7 @@ def fault_of_difference(
         groups: Of the optimizer: their settings should be.
         reached: The collections that backward passes reached, in order.
     """
-    mine = [_settings_of(group) for group in groups], list(reached)
+    mine = [settings_of(group) for group in groups], list(reached)
     of_ranks = [mine] * dist.get_world_size()
     if dist.get_world_size() > 1:
         dist.all_gather_object(of_ranks, mine)
@@ -137,7 +137,8 @@ def fault_of_difference(
     return None
 
 
-def _settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a parameter group holds beside its parameters."""
     return {name: value for name, value in group.items() if name != "params"}
 
 

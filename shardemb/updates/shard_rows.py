@@ -89,16 +89,19 @@ class ShardRows:
                 "optimizer.zero_grad() before the next backward pass"
             )
 
+    def moves(self, rows_U: torch.Tensor) -> torch.Tensor:
+        """Which of some local rows are to be updated, bool [U]: neither frozen nor padding."""
+        global_U = rows_U + self.first_row
+        moves_U = global_U >= self.training.frozen_rows
+        if self.training.padding_idx is not None:
+            moves_U &= global_U != self.training.padding_idx
+        return moves_U
+
     def movable(self, gradients: RowGradients) -> RowGradients:
-        """Those rows that are to be updated: neither frozen nor padding."""
-        training = self.training
-        if training.frozen_rows == 0 and training.padding_idx is None:
+        """Those of some rows that are to be updated."""
+        if self.training.frozen_rows == 0 and self.training.padding_idx is None:
             return gradients
-        global_U = gradients.rows_U + self.first_row
-        moves_U = global_U >= training.frozen_rows
-        if training.padding_idx is not None:
-            moves_U &= global_U != training.padding_idx
-        kept = moves_U.nonzero().squeeze(1)
+        kept = self.moves(gradients.rows_U).nonzero().squeeze(1)
         return RowGradients(*(part.index_select(0, kept) for part in gradients))
 
     def updated(self, gradients: RowGradients) -> Generator[torch.Tensor, torch.Tensor, NewRows]:

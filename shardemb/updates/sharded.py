@@ -1,6 +1,6 @@
 """TorchRec's sharded collections, with our kernels in the place of FBGEMM's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,6 @@ from torchrec.distributed.embedding import (
     EmbeddingCollectionSharder,
     ShardedEmbeddingCollection,
 )
-from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
@@ -63,22 +62,29 @@ class _WithRowKernels:
         shardings = getattr(self, "_embedding_shardings", None)  # of pooled collections
         for number, kernels in enumerate(self._row_kernels):
             nodes = getattr(shardings[number], "_cross_pg", None) if shardings else None
-            context = ctx.sharding_contexts[number]
+            sizes = ctx.sharding_contexts[number].batch_size_per_rank
+            ranks = ranks_in_output(len(sizes), num_nodes=nodes.size() if nodes else 1)
             for kernel in kernels:
-                kernel.batches = _in_order(
-                    context.batch_size_per_rank, nodes.size() if nodes else 1
-                )
+                kernel.batches = [(rank, sizes[rank]) for rank in ranks]
         return super().compute_and_output_dist(ctx, input)  # type: ignore[misc]
 
 
-def _in_order(sizes: Sequence[int], num_nodes: int) -> list[tuple[int, int]]:
-    """Ranks and the sizes of their batches, by local rank and then by node."""
-    num_local = len(sizes) // num_nodes
-    return [
-        (rank, sizes[rank])
-        for local in range(num_local)
-        for rank in range(local, len(sizes), num_local)
-    ]
+def ranks_in_output(world_size: int, *, num_nodes: int) -> list[int]:
+    """The ranks in the order in which a shard's output has their samples.
+
+    Args:
+        world_size: Number of ranks.
+        num_nodes: Over how many nodes the exchange goes in two steps; 1 where it is one.
+
+    Returns:
+        All ranks, by local rank and then by node.
+
+    Example:
+        >>> ranks_in_output(4, num_nodes=2), ranks_in_output(4, num_nodes=1)
+        ([0, 2, 1, 3], [0, 1, 2, 3])
+    """
+    num_local = world_size // num_nodes
+    return [rank for local in range(num_local) for rank in range(local, world_size, num_local)]
 
 
 class PooledCollection(_WithRowKernels, ShardedEmbeddingBagCollection):  # type: ignore[misc]
@@ -137,10 +143,9 @@ class SequenceRowSharder(_Sharder, EmbeddingCollectionSharder):  # type: ignore[
 def row_kernels(model: nn.Module) -> list[RowKernel]:
     """The kernels of a sharded model, in the order of its modules."""
     return [
-        part
+        kernel
         for module in model.modules()
-        if isinstance(module, ShardedEmbeddingModule)
-        for lookup in module._lookups
-        for part in lookup.modules()
-        if isinstance(part, RowKernel)
+        if isinstance(module, _WithRowKernels)
+        for kernels in module._row_kernels
+        for kernel in kernels
     ]

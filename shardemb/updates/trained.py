@@ -9,9 +9,7 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 
 from shardemb.modules.training import RowTraining
 
-_TABLES = "_shardemb_tables"
-_HAS_OPTIMIZER = "_shardemb_has_optimizer"
-_BACKWARDS = "_shardemb_backwards"
+_TRAINED = "_shardemb_trained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +23,6 @@ class TrainedTable:
 
     key: str
     training: RowTraining
-
-
-def note_tables(model: nn.Module, tables: Mapping[str, TrainedTable]) -> None:
-    """Notes the trained tables of a sharded model, as declared."""
-    setattr(model, _TABLES, dict(tables))
-
-
-def noted_tables(model: nn.Module) -> dict[str, TrainedTable] | None:
-    """The trained tables of a model of `shard_modules`; None for another."""
-    found: dict[str, TrainedTable] | None = getattr(model, _TABLES, None)
-    return found
 
 
 def ids_of_table_parameters(model: nn.Module) -> set[int]:
@@ -67,22 +54,27 @@ class Backwards:
             self.paths.append(path)
 
 
-def note_backwards(model: nn.Module, backwards: Backwards) -> None:
-    """Notes what watches the backward passes of a sharded model."""
-    setattr(model, _BACKWARDS, backwards)
+@dataclass(kw_only=True)
+class TrainedModel:
+    """What `build_optimizer` needs to know of a sharded model.
+
+    Attributes:
+        tables: Its trained tables, by name, as declared.
+        backwards: What watches its backward passes.
+        has_optimizer: Whether it was built one.
+    """
+
+    tables: Mapping[str, TrainedTable]
+    backwards: Backwards
+    has_optimizer: bool = False
 
 
-def noted_backwards(model: nn.Module) -> Backwards:
-    """What was noted."""
-    found: Backwards = getattr(model, _BACKWARDS)
+def note_trained(model: nn.Module, trained: TrainedModel) -> None:
+    """Notes on a sharded model what is trained of it."""
+    setattr(model, _TRAINED, trained)
+
+
+def noted_trained(model: nn.Module) -> TrainedModel | None:
+    """What `shard_modules` noted; None of a model that is not sharded."""
+    found: TrainedModel | None = getattr(model, _TRAINED, None)
     return found
-
-
-def note_optimizer(model: nn.Module) -> None:
-    """Notes that a sharded model has its optimizer."""
-    setattr(model, _HAS_OPTIMIZER, True)
-
-
-def has_optimizer(model: nn.Module) -> bool:
-    """Whether that was noted."""
-    return getattr(model, _HAS_OPTIMIZER, False)
