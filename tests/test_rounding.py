@@ -5,10 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
 
+import shardemb as se
+from shardemb import layouts, optim
 from shardemb.data.id_hash import mix64
+from shardemb.env import Env
+from shardemb.layouts import Layout
 from shardemb.updates.rounding import _drawn, round_stochastically
+from tests.every_layout import whole_table
+from tests.spmd import spmd
 
 DTYPES = [torch.float16, torch.bfloat16]
 INT16 = torch.int16
@@ -148,3 +155,44 @@ def test_updates_that_the_nearest_would_lose_count_on_average() -> None:
     assert torch.equal(nearest, torch.ones_like(nearest))
     assert abs(stochastic.double().mean().item() - 1.02) < 0.0005
     assert ((stochastic - 1.02).abs() < 0.03).all()
+
+
+def rows_of(env: Env, layout: Layout, rounding: str, num_steps: int) -> torch.Tensor:
+    """Rows of float16 that start at 1 and get a gradient of 1 in each step."""
+    table = se.TableConfig(
+        name="small",
+        num_embeddings=10,
+        embedding_dim=8,
+        feature_names=("small",),
+        dtype="float16",
+        rounding=rounding,  # type: ignore[arg-type]
+        init=se.init.Constant(value=1.0),
+        optimizer=optim.SGD(lr=1e-5),
+    )
+    model = nn.Sequential(se.EmbeddingBagCollection([table]))
+    sharded = se.shard_modules(model, se.plan_sharding(model, env, {"small": layout}), env)
+    optimizer = se.build_optimizer(sharded)
+    batch = KeyedJaggedTensor(keys=["small"], values=torch.arange(10), lengths=torch.tensor([10]))
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        sharded(batch).values().sum().backward()
+        optimizer.step()
+    weight = sharded.state_dict()["0.embedding_bags.small.weight"]
+    return whole_table(weight, torch.empty(10, 8, dtype=torch.float16))
+
+
+@spmd(world_size=2)
+def test_stochastic_rounding_keeps_small_updates_and_is_the_same_in_every_layout(env: Env) -> None:
+    kinds: list[Layout] = [
+        layouts.table_wise(rank=1),
+        layouts.row_wise(),
+        layouts.column_wise(ranks=[1, 0]),
+    ]
+    first, *others = [rows_of(env, layout, "stochastic", 60) for layout in kinds]
+    for other in others:
+        assert torch.equal(first, other)
+    expected = 1 - 60 * 2 * 1e-5 / env.world_size  # the gradient of each rank's batch counts half
+    assert abs(float(first.double().mean()) - expected) < 3e-4 / 80**0.5 * 60**0.5
+    assert len(first.unique()) > 1
+    nearest = rows_of(env, layouts.row_wise(), "nearest", 60)
+    assert torch.equal(nearest, torch.ones_like(nearest))
