@@ -45,7 +45,7 @@ $(VENV)/bin/python:
 
 # TorchRec's wheel asks for fbgemm-gpu, the CUDA build, which breaks fbgemm-gpu-cpu; so on CPU it comes
 # without its dependencies, which pyproject.toml lists.
-$(VENV)/installed-cpu: pyproject.toml | $(VENV)/bin/python
+$(VENV)/installed-cpu: pyproject.toml setup.py $(wildcard shardemb/native/*.[ch]) | $(VENV)/bin/python
 	@$(call refuse_other,cuda)
 	@echo "installing for CPU into $(VENV) (a minute or two)"
 	$(PIP) --editable ".[cpu]"
@@ -53,7 +53,7 @@ $(VENV)/installed-cpu: pyproject.toml | $(VENV)/bin/python
 	@rm -f $(VENV)/installed-dev
 	@touch $@
 
-$(VENV)/installed-cuda: pyproject.toml | $(VENV)/bin/python
+$(VENV)/installed-cuda: pyproject.toml setup.py $(wildcard shardemb/native/*.[ch]) | $(VENV)/bin/python
 	@$(call refuse_other,cpu)
 	@echo "installing for CUDA into $(VENV) (several GB, some minutes)"
 	$(PIP) --editable ".[cuda]"

@@ -31,6 +31,8 @@ LAYERS = (
             "init",
             "machines",
             "host_memory",
+            "native",
+            "native.library",
         ),
         "doctor",
         "doctor.__main__",

@@ -1,0 +1,28 @@
+"""Builds the CPU kernels; all else stands in pyproject.toml."""
+
+import zlib
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+SOURCES = sorted(Path("shardemb/native").glob("*.c"))
+HEADERS = sorted(Path("shardemb/native").glob("*.h"))
+# as shardemb/native/library.py reckons it, to notice a library of other sources
+DIGEST = zlib.crc32(b"".join(path.read_bytes() for path in sorted([*SOURCES, *HEADERS])))
+# -fopenmp only compiles: when they run, the kernels share the OpenMP threads that torch has loaded
+FLAGS = ["-O3", "-std=gnu11", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-Wall"]
+LEVELS = {4: ["-march=x86-64-v4"], 3: ["-march=x86-64-v3"], 1: []}
+
+setup(
+    ext_modules=[
+        Extension(
+            f"shardemb.native._level{level}",
+            sources=[str(path) for path in SOURCES],
+            depends=[str(path) for path in HEADERS],
+            define_macros=[("SE_SOURCES", f"{DIGEST}u")],
+            extra_compile_args=[*FLAGS, *flags],
+            optional=True,  # without a compiler, or on another machine, FBGEMM's kernels serve
+        )
+        for level, flags in LEVELS.items()
+    ]
+)
