@@ -52,7 +52,7 @@ def _load(level: int) -> ctypes.CDLL | None:
 @functools.cache
 def _share_openmp() -> None:
     """Lets the compiled code find the OpenMP library that torch has loaded, and use its threads."""
-    import torch  # noqa: F401, PLC0415 - loads it
+    import torch  # noqa: F401 - loads it
 
     mapped = Path("/proc/self/maps")
     if not mapped.exists():
