@@ -73,7 +73,8 @@ def shard_modules(
     """
     collections, origins = _checked(model, plan, env)
     layout_of = {table.table: table.layout for table in plan.tables}
-    trained = _trained(collections, plan, env.device)
+    native = getattr(plan, "kernel", "native") == "native"
+    trained = _trained(collections, plan, env.device, native=native)
     _attach_fused_optimizers(collections, trained)
     with left_unfilled(collections.values()):
         sharded = DistributedModelParallel(
@@ -85,7 +86,10 @@ def shard_modules(
                 local_world_size=env.local_world_size,
                 device_type=env.device.type,
             ),
-            sharders=[PooledRowSharder(trained), SequenceRowSharder(trained)],
+            sharders=[
+                PooledRowSharder(trained, native=native),
+                SequenceRowSharder(trained, native=native),
+            ],
         )
     tables: dict[str, TrainedTable] = {}
     backwards = Backwards()
@@ -203,7 +207,7 @@ def _declared(table: Table) -> str:
 
 
 def _trained(
-    collections: dict[str, Collection], plan: ShardingPlan, device: torch.device
+    collections: dict[str, Collection], plan: ShardingPlan, device: torch.device, *, native: bool
 ) -> dict[str, Trained]:
     """The tables that are to be updated, and by whom. On all ranks together."""
     tables = tables_of(collections)
@@ -218,7 +222,8 @@ def _trained(
     return {
         name: Trained(
             training=tables[name].training,
-            fused=is_fused(tables[name].training, dtype=tables[name].dtype, slices=bool(of)),
+            fused=not native
+            and is_fused(tables[name].training, dtype=tables[name].dtype, slices=bool(of)),
             slices={first_row: groups[tuple(sorted(ranks))] for first_row, ranks in of.items()},
         )
         for name, of in slices.items()
