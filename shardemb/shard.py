@@ -169,7 +169,6 @@ def _checked(
         collections = find_collections(model)
         check_fits(plan, collections, env, "the plan")
         tables = tables_of(collections)
-        _check_dtypes(tables, env)
         origins = {name: origin_of(table) for name, table in tables.items()}
         said = [plan_to_file_text(plan), repr(origins), *map(_declared, tables.values())]
     digests = [""] * env.world_size
@@ -181,20 +180,6 @@ def _checked(
             "and plan the same on every rank"
         )
     return collections, origins
-
-
-def _check_dtypes(tables: Mapping[str, Table], env: Env) -> None:
-    """Refuses rows of a dtype that FBGEMM cannot look up on this device.
-
-    Raises:
-        ValueError: There are such.
-    """
-    for table in tables.values():
-        if table.dtype == "bfloat16" and env.device.type == "cpu":
-            raise ValueError(
-                f"table {table.name!r}: bfloat16 rows cannot be looked up on cpu, FBGEMM has no "
-                "kernel for it; use dtype='float16' or 'float32', or run on cuda"
-            )
 
 
 def _declared(table: Table) -> str:

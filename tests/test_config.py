@@ -23,7 +23,7 @@ GOOD: dict[str, Any] = {
         ({"num_embeddings": 0}, "table 'user': num_embeddings must be a positive integer, got 0"),
         ({"num_embeddings": 1.5}, "num_embeddings must be a positive integer, got 1.5"),
         ({"num_embeddings": 2**31}, "num_embeddings must be at most 2147483647, got 2147483648"),
-        ({"embedding_dim": 30}, "embedding_dim must be a positive multiple of 4, got 30; use 32"),
+        ({"embedding_dim": 0}, "embedding_dim must be a positive integer, got 0"),
         ({"embedding_dim": -4}, "embedding_dim must be a positive integer, got -4"),
         ({"feature_names": "user_id"}, r"got the string 'user_id'; use \('user_id',\)"),
         ({"feature_names": ()}, "feature_names must hold at least one name"),
