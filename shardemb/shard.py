@@ -108,6 +108,7 @@ def shard_modules(
             is_weighted=collection.is_weighted,
             check_ids=check_ids,
             padding_of=collection.padding_of,
+            keeps_int32=plan.kernel == "native" and env.world_size == 1,
         )
         module.register_forward_pre_hook(guard, with_kwargs=True)
         outputs = outputs_of(collection, layout_of)

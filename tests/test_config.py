@@ -3,9 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
 
 from shardemb import EmbeddingBagCollection, EmbeddingCollection, TableConfig
 from shardemb.config import check_tables
+from shardemb.init import Normal
 
 GOOD: dict[str, Any] = {
     "name": "user",
@@ -78,6 +80,20 @@ def test_tables_of_one_name_are_refused() -> None:
         check_tables((TableConfig(**GOOD), TableConfig(**GOOD)))
     with pytest.raises(ValueError, match="at least one table, got none"):
         check_tables(())
+
+
+@pytest.mark.parametrize("make", [EmbeddingBagCollection, EmbeddingCollection])
+def test_whole_tables_have_the_dtype_that_is_declared_and_its_initial_values(make: Any) -> None:
+    drawn = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        table = TableConfig(**GOOD | {"dtype": dtype, "init": Normal(std=100.0)})
+        (weight,) = make([table], device="cpu").parameters()
+        assert weight.dtype == getattr(torch, dtype)
+        drawn[dtype] = weight.detach()
+        (on_meta,) = make([table]).parameters()
+        assert on_meta.dtype == weight.dtype
+    for dtype, rows in drawn.items():
+        assert torch.equal(rows, drawn["float32"].to(getattr(torch, dtype)))
 
 
 @pytest.mark.parametrize("make", [EmbeddingBagCollection, EmbeddingCollection])
