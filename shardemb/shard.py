@@ -73,7 +73,7 @@ def shard_modules(
     """
     collections, origins = _checked(model, plan, env)
     layout_of = {table.table: table.layout for table in plan.tables}
-    native = getattr(plan, "kernel", "native") == "native"
+    native = plan.kernel == "native"
     trained = _trained(collections, plan, env.device, native=native)
     _attach_fused_optimizers(collections, trained)
     with left_unfilled(collections.values()):
@@ -112,6 +112,7 @@ def shard_modules(
             is_weighted=collection.is_weighted,
             check_ids=check_ids,
             padding_of=collection.padding_of,
+            keeps_int32=native and env.world_size == 1,
         )
         module.register_forward_pre_hook(guard, with_kwargs=True)
         outputs = outputs_of(collection, layout_of)
@@ -173,7 +174,6 @@ def _checked(
         collections = find_collections(model)
         check_fits(plan, collections, env, "the plan")
         tables = tables_of(collections)
-        _check_dtypes(tables, env)
         origins = {name: origin_of(table) for name, table in tables.items()}
         said = [plan_to_file_text(plan), repr(origins), *map(_declared, tables.values())]
     digests = [""] * env.world_size
@@ -185,20 +185,6 @@ def _checked(
             "and plan the same on every rank"
         )
     return collections, origins
-
-
-def _check_dtypes(tables: Mapping[str, Table], env: Env) -> None:
-    """Refuses rows of a dtype that FBGEMM cannot look up on this device.
-
-    Raises:
-        ValueError: There are such.
-    """
-    for table in tables.values():
-        if table.dtype == "bfloat16" and env.device.type == "cpu":
-            raise ValueError(
-                f"table {table.name!r}: bfloat16 rows cannot be looked up on cpu, FBGEMM has no "
-                "kernel for it; use dtype='float16' or 'float32', or run on cuda"
-            )
 
 
 def _declared(table: Table) -> str:

@@ -103,9 +103,11 @@ LAYERS = (
     {
         "workload",
         "cluster",
+        "kernel_choice",
         "layouts",
         "planning",
         "planning.geometry",
+        "planning.kernel_rules",
         "planning.layout_rules",
         "constraints",
         "planning.contradictions",

@@ -194,8 +194,9 @@ class ShardRows:
 
 def _write(block: torch.Tensor, rows_U: torch.Tensor, values: torch.Tensor) -> None:
     """Replaces rows of a block [R, D] or [R]."""
-    is_wide = block.dim() == 2 and block.shape[1] % 4 == 0
-    if is_wide and block.dtype == torch.float32 and not block.is_cuda:
-        # on CPU index_copy_ goes from element to element
-        block, values = block.view(torch.complex128), values.view(torch.complex128)
+    if block.dim() == 2 and block.dtype == torch.float32 and not block.is_cuda:
+        # on CPU index_copy_ goes from element to element: four are one, where rows begin with fours
+        in_fours = (*block.shape[1:], block.stride(0), block.storage_offset())
+        if not any(number % 4 for number in in_fours):
+            block, values = block.view(torch.complex128), values.view(torch.complex128)
     block.index_copy_(0, rows_U, values)
