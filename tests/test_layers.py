@@ -33,6 +33,8 @@ LAYERS = (
             "control_groups",
             "host_memory",
             "cores",
+            "allocator",
+            "huge_pages",
             "native",
             "native.library",
         ),
