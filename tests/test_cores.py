@@ -70,7 +70,8 @@ def test_the_one_thread_that_torchrun_sets_is_no_choice(
 ) -> None:
     code = (
         "import os; from shardemb.cores import torchs_own_threads as own; "
-        "print(os.environ['OMP_NUM_THREADS'], own(os.environ))"
+        # in one piece, whatever the other rank prints
+        "os.write(1, f\"{os.environ['OMP_NUM_THREADS']} {own(os.environ)}\\n\".encode())"
     )
     (tmp_path / "rank.py").write_text(code)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
