@@ -3,6 +3,8 @@
 import ctypes
 import sys
 from collections.abc import Mapping
+from pathlib import PurePath
+from typing import ClassVar
 
 # mallopt(3), and malloc.h of glibc
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -52,6 +54,36 @@ def give_freed_memory_back() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def allocator_name() -> str:
+    """The allocator of this process, such as "glibc 2.36" or "libjemalloc.so.2".
+
+    Example:
+        >>> allocator_name() != ""
+        True
+    """
+    library = _glibc()
+    if library is not None:
+        library.gnu_get_libc_version.restype = ctypes.c_char_p
+        return f"glibc {library.gnu_get_libc_version().decode()}"
+    if sys.platform != "linux":
+        return f"that of {sys.platform}"
+    found = _Symbol()
+    process = ctypes.CDLL(None)
+    process.dladdr(ctypes.cast(process.malloc, ctypes.c_void_p), ctypes.byref(found))
+    return PurePath((found.path or b"unknown").decode()).name
+
+
+class _Symbol(ctypes.Structure):
+    """What dladdr(3) fills in."""
+
+    _fields_: ClassVar = [
+        ("path", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    ]
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -43,6 +43,7 @@ LAYERS = (
         "doctor.diagnosis",
         "doctor.finding",
         "doctor.machine",
+        "doctor.memory",
         "doctor.probes",
         "doctor.versions",
     },
@@ -224,4 +225,4 @@ def test_only_env_reads_the_environment() -> None:
         for path in (ROOT / "shardemb").rglob("*.py")
         if "os.environ" in path.read_text() or "getenv" in path.read_text()
     ]
-    assert set(readers) <= {"env", "doctor.diagnosis"}
+    assert set(readers) <= {"env", "doctor.diagnosis", "doctor.probes"}
