@@ -14,10 +14,12 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
 
 from shardemb.agree import all_or_none
+from shardemb.allocator import give_freed_memory_back
 from shardemb.data.batches import limits_of
 from shardemb.data.guarded_forward import GuardedForward
 from shardemb.env import Env
 from shardemb.errors import RunError
+from shardemb.huge_pages import advise_huge
 from shardemb.layouts import DataParallel
 from shardemb.modules.discovery import Collection, Table, find_collections, tables_of
 from shardemb.one_backward import refuse_second_backwards
@@ -28,11 +30,11 @@ from shardemb.planning.torchrec_plan import torchrec_plan
 from shardemb.plans.file import plan_to_file_text
 from shardemb.plans.fit import check_fits
 from shardemb.replicated_sequences import keep_replicated_sequences_apart
-from shardemb.rows import Origin, left_unfilled, origin_of, set_rows
+from shardemb.rows import Origin, blocks_of, left_unfilled, origin_of, set_rows
 from shardemb.uneven_batches import allow_uneven_batches
 from shardemb.updates.install import Trained, is_fused
 from shardemb.updates.replicated import watch_lookups
-from shardemb.updates.sharded import PooledRowSharder, SequenceRowSharder
+from shardemb.updates.sharded import PooledRowSharder, SequenceRowSharder, row_kernels
 from shardemb.updates.slices import groups_of_slices
 from shardemb.updates.trained import Backwards, TrainedModel, TrainedTable, note_trained
 
@@ -127,6 +129,9 @@ def shard_modules(
     note_trained(sharded, TrainedModel(tables=tables, backwards=backwards))
     if env.world_size > 1:
         refuse_second_backwards(sharded)
+    kept = [rows.state for kernel in row_kernels(sharded) for rows in kernel.trained]
+    advise_huge(*(tensor for state in kept for tensor in state.values()))
+    give_freed_memory_back()  # of what the rows were made from
     return sharded
 
 
@@ -156,6 +161,7 @@ def _fill(
     state = module.state_dict()
     within = "embedding_bags" if collection.is_pooled else "embeddings"
     keys = {name: f"{within}.{name}.weight" for name in collection.tables}
+    advise_huge(*(block for key in keys.values() for block, _, _ in blocks_of(state[key])))
     for name, key in keys.items():
         set_rows(state[key], origins[name], env)
     return keys
