@@ -22,6 +22,7 @@ from torchrec import KeyedJaggedTensor
 import shardemb as se
 from shardemb import init, layouts, optim
 from shardemb.env import Env
+from shardemb.kernel_choice import Kernel
 from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
 from tests.moved_bytes import MovedBytes
@@ -56,7 +57,7 @@ class Case:
     max_norm: float | None = None
     sequence: bool = False
     layout: Layout = WHOLE
-    kernel: str = "fbgemm"
+    kernel: Kernel = "fbgemm"
 
 
 UPDATED_BY_FBGEMM = [
