@@ -110,7 +110,7 @@ class Case:
         return replace(self, weights=[weight.clone() for weight in self.weights])
 
     def reference(self) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The output of plain torch; and by autograd the gradients of rows, and of the ids' weights.
+        """What plain torch looks up; by autograd, gradients of rows and of the ids' weights.
 
         Returns:
             Float64 [B, columns] or [N, D]; [R, D] of each block; [N].
@@ -202,8 +202,7 @@ def make_case(shape: Shape) -> Case:
         pooling=shape.pooling,
     )
     weights = [
-        dyadic(shape.num_rows, width, generator=generator).to(shape.dtype)
-        for width in shape.widths
+        dyadic(shape.num_rows, width, generator=generator).to(shape.dtype) for width in shape.widths
     ]
     columns = sum(width * n for width, n in zip(shape.widths, FEATURES, strict=True))
     size = (num_ids, shape.widths[0]) if shape.pooling is None else (shape.num_bags, columns)
