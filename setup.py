@@ -14,6 +14,7 @@ HEADERS = sorted(Path("shardemb/native").glob("*.h"))
 DIGEST = zlib.crc32(b"".join(path.read_bytes() for path in sorted([*SOURCES, *HEADERS])))
 # -fopenmp only compiles: when they run, the kernels share the OpenMP threads that torch has loaded
 FLAGS = [
+    "-g0",
     "-O3",
     "-std=gnu11",
     "-fopenmp",

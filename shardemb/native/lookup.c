@@ -121,10 +121,10 @@ INLINE int64_t pool_feature(const struct block *block, const struct lookup *look
     return -1;
 }
 
-INLINE int64_t copy_rows(const struct block *block, const struct lookup *lookup, int dtype,
-                         int id_bytes, int64_t feature, int64_t first_bag, int64_t last_bag,
-                         int streamed)
+static int64_t copy_rows(const struct block *block, const struct lookup *lookup, int64_t feature,
+                         int64_t first_bag, int64_t last_bag, int streamed)
 {
+    int dtype = block->dtype, id_bytes = lookup->id_bytes;
     int64_t base = feature * lookup->num_bags;
     int64_t id = offset_at(lookup, base + first_bag), end = offset_at(lookup, base + last_bag);
     int64_t seen = id;
@@ -143,10 +143,10 @@ INLINE int64_t copy_rows(const struct block *block, const struct lookup *lookup,
     return -1;
 }
 
-INLINE int64_t weigh(const struct block *block, const struct lookup *lookup, int dtype,
-                     int id_bytes, int64_t feature, int64_t first_bag, int64_t last_bag,
-                     float *gradient)
+static int64_t weigh(const struct block *block, const struct lookup *lookup, int64_t feature,
+                     int64_t first_bag, int64_t last_bag, float *gradient)
 {
+    int dtype = block->dtype, id_bytes = lookup->id_bytes;
     int64_t base = feature * lookup->num_bags;
     int64_t end = offset_at(lookup, base + last_bag);
     int64_t id = offset_at(lookup, base + first_bag), seen = id;
@@ -163,33 +163,30 @@ INLINE int64_t weigh(const struct block *block, const struct lookup *lookup, int
 
 enum { POOL, COPY, WEIGH };
 
-INLINE int64_t run(int what, const struct block *block, const struct lookup *lookup, int dtype,
-                   int id_bytes, int64_t feature, int64_t first, int64_t last, float *gradient,
-                   int streamed)
+/* A part of a feature's bags; pooled by code that is made for the types. */
+static int64_t run(int what, const struct block *block, const struct lookup *lookup,
+                   int64_t feature, int64_t first, int64_t last, float *gradient, int streamed)
 {
     if (what == COPY)
-        return copy_rows(block, lookup, dtype, id_bytes, feature, first, last, streamed);
+        return copy_rows(block, lookup, feature, first, last, streamed);
     if (what == WEIGH)
-        return weigh(block, lookup, dtype, id_bytes, feature, first, last, gradient);
-    if (lookup->weights)
-        return pool_feature(block, lookup, dtype, id_bytes, 1, feature, first, last, streamed);
-    return pool_feature(block, lookup, dtype, id_bytes, 0, feature, first, last, streamed);
-}
-
-/* A part of a feature's bags, by code that is made for the types. */
-static int64_t run_typed(int what, const struct block *block, const struct lookup *lookup,
-                         int64_t feature, int64_t first, int64_t last, float *gradient,
-                         int streamed)
-{
-#define CASE(DTYPE, BYTES)                                                                         \
-    if (block->dtype == DTYPE && lookup->id_bytes == BYTES)                                        \
-        return run(what, block, lookup, DTYPE, BYTES, feature, first, last, gradient, streamed);
-    CASE(FLOAT32, 8)
-    CASE(FLOAT32, 4)
-    CASE(FLOAT16, 8)
-    CASE(FLOAT16, 4)
-    CASE(BFLOAT16, 8)
-    CASE(BFLOAT16, 4)
+        return weigh(block, lookup, feature, first, last, gradient);
+    int weighted = lookup->weights != NULL;
+#define CASE(DTYPE, BYTES, WEIGHTED)                                                               \
+    if (block->dtype == DTYPE && lookup->id_bytes == BYTES && weighted == WEIGHTED)                \
+        return pool_feature(block, lookup, DTYPE, BYTES, WEIGHTED, feature, first, last, streamed);
+    CASE(FLOAT32, 8, 0)
+    CASE(FLOAT32, 8, 1)
+    CASE(FLOAT32, 4, 0)
+    CASE(FLOAT32, 4, 1)
+    CASE(FLOAT16, 8, 0)
+    CASE(FLOAT16, 8, 1)
+    CASE(FLOAT16, 4, 0)
+    CASE(FLOAT16, 4, 1)
+    CASE(BFLOAT16, 8, 0)
+    CASE(BFLOAT16, 8, 1)
+    CASE(BFLOAT16, 4, 0)
+    CASE(BFLOAT16, 4, 1)
 #undef CASE
     return -1;
 }
@@ -227,7 +224,7 @@ static int64_t run_all(int what, const struct block *blocks, int num_blocks,
                 if (first >= last)
                     continue;
                 int64_t bad =
-                    run_typed(what, block, lookup, feature, first, last, gradient, streamed);
+                    run(what, block, lookup, feature, first, last, gradient, streamed);
                 if (bad >= 0 && bad < found)
                     found = bad;
             }

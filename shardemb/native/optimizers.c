@@ -149,7 +149,7 @@ void se_apply(const struct training *how, const struct row *row)
     case ROW_WISE_ADAGRAD: row_wise_adagrad(how, row); return;
     case ADAM: decay(how, row);
     }
-    if (how->optimizer == PARTIAL_ROW_WISE_ADAM || how->optimizer == PARTIAL_ROW_WISE_LAMB)
+    if (has_partial_moments(how))
         ratio_of_partial_moments(how, row);
     else
         ratio_of_moments(how, row);

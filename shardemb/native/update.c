@@ -18,8 +18,7 @@ INLINE int64_t momentum_size(const struct block *block, const struct training *h
 
 INLINE int64_t square_size(const struct block *block, const struct training *how)
 {
-    int is_of_row = how->optimizer == PARTIAL_ROW_WISE_ADAM || how->optimizer == PARTIAL_ROW_WISE_LAMB;
-    return !how->square ? 0 : is_of_row ? 1 : block->width;
+    return !how->square ? 0 : has_partial_moments(how) ? 1 : block->width;
 }
 
 INLINE char *place_of(const struct block *block, int64_t number)
@@ -40,15 +39,16 @@ INLINE void store_state(const float *loaded, float *state, int64_t number, int64
 }
 
 static void load_row(const struct block *block, const struct training *how, int64_t number,
-                     const struct row *row)
+                     const struct row *row, vhalf *halves)
 {
     const char *from = place_of(block, number);
-    float *weight = (float *)row->weight;
     if (block->dtype == FLOAT32)
-        memcpy(weight, from, row->width * sizeof(float));
-    else
-        for (int64_t column = 0; column < row->width; column++)
-            weight[column] = load_one(from, block->dtype, column);
+        memcpy(row->weight, from, row->width * sizeof(float));
+    else {
+        memcpy(halves, from, row->width * sizeof(uint16_t));
+        for (int64_t part = 0; part * LANES < row->width; part++)
+            row->weight[part] = load_lanes(halves, block->dtype, part * LANES);
+    }
     load_state((float *)row->momentum, how->momentum, number, momentum_size(block, how));
     load_state((float *)row->square, how->square, number, square_size(block, how));
 }
@@ -63,35 +63,33 @@ static int all_finite(const vfloat *values, int64_t count)
 
 /* Rounds a row to 16 bits; it becomes what those say. */
 static void round_row(const struct block *block, const struct training *how, int64_t number,
-                      const struct row *row, uint16_t *rounded)
+                      const struct row *row, vhalf *halves)
 {
     uint64_t of_row = drawn((uint64_t)how->key, (uint64_t)(number + how->first_row));
-    uint64_t seed = drawn(of_row, (uint64_t)how->num_updates), bits = 0;
-    float *weight = (float *)row->weight;
-    for (int64_t column = 0; column < row->width; column++) {
-        int64_t global = column + how->first_column;
-        if (how->stochastic && (column == 0 || global % 4 == 0))
-            bits = drawn(seed, (uint64_t)(global / 4));
-        uint32_t random = (uint32_t)(bits >> 16 * (global % 4)) & 0xffff;
-        rounded[column] = round_one(weight[column], block->dtype, how->stochastic, random);
-        weight[column] = load_one(rounded, block->dtype, column);
+    uint64_t seed = drawn(of_row, (uint64_t)how->num_updates);
+    for (int64_t part = 0; part * LANES < row->width; part++) {
+        vuint random = {0};
+        if (how->stochastic)
+            random = drawn_lanes(seed, how->first_column + part * LANES);
+        halves[part] = round_lanes(row->weight[part], block->dtype, how->stochastic, random);
+        row->weight[part] = load_lanes(halves, block->dtype, part * LANES);
     }
 }
 
 /* Writes a row and its state, if all of it is finite; whether it is. */
 static int store_row(const struct block *block, const struct training *how, int64_t number,
-                     const struct row *row, uint16_t *rounded)
+                     const struct row *row, vhalf *halves)
 {
     int64_t momentum = momentum_size(block, how), square = square_size(block, how);
     if (block->dtype != FLOAT32)
-        round_row(block, how, number, row, rounded);
+        round_row(block, how, number, row, halves);
     if (!all_finite(row->weight, row->width) || !all_finite(row->momentum, momentum) ||
         !all_finite(row->square, square))
         return 0;
     if (block->dtype == FLOAT32)
         memcpy(place_of(block, number), row->weight, row->width * sizeof(float));
     else
-        memcpy(place_of(block, number), rounded, row->width * sizeof(uint16_t));
+        memcpy(place_of(block, number), halves, row->width * sizeof(uint16_t));
     store_state((const float *)row->momentum, how->momentum, number, momentum);
     store_state((const float *)row->square, how->square, number, square);
     return 1;
@@ -113,7 +111,7 @@ static int moves(const struct training *how, int64_t row)
 /* Updates a unit's rows; returns the first that would not be finite, or -1. */
 static int64_t update_unit(const struct block *block, const struct training *how,
                            const struct block_sources *its, const struct unit *unit,
-                           const struct row *row, uint16_t *rounded)
+                           const struct row *row, vhalf *halves)
 {
     int64_t bad = -1, seen = 0, previous = -1;
     for (int64_t index = 0, end; index < unit->count; index = end) {
@@ -132,9 +130,9 @@ static int64_t update_unit(const struct block *block, const struct training *how
         if (how->scale != 1.0)
             for (int64_t part = 0; part * LANES < row->width; part++)
                 row->gradient[part] *= (float)how->scale;
-        load_row(block, how, number, row);
+        load_row(block, how, number, row, halves);
         se_apply(how, row);
-        if (!store_row(block, how, number, row, rounded) && bad < 0)
+        if (!store_row(block, how, number, row, halves) && bad < 0)
             bad = number;
     }
     return bad;
@@ -173,7 +171,7 @@ int se_update(const struct sorted *sorted, const struct block *blocks,
                               .width = block->width};
             bad_of[number] = update_unit(block, &trainings[unit->block],
                                          &sorted->blocks[unit->block], unit, &row,
-                                         (uint16_t *)(own + 4 * width));
+                                         (vhalf *)(own + 4 * width));
         }
         for (int64_t number = 0; number < sorted->num_units; number++) {
             int64_t *bad = &bad_rows[sorted->units[number].block];
