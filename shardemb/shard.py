@@ -23,6 +23,7 @@ from shardemb.huge_pages import advise_huge
 from shardemb.layouts import DataParallel
 from shardemb.modules.discovery import Collection, Table, find_collections, tables_of
 from shardemb.one_backward import refuse_second_backwards
+from shardemb.one_rank import NoOtherRanks
 from shardemb.optim import SGD, SparseOptimizer
 from shardemb.outputs import FinishPooled, FinishSequences, outputs_of
 from shardemb.placement import ShardingPlan, TablePlacement
@@ -88,6 +89,7 @@ def shard_modules(
                 device_type=env.device.type,
             ),
             sharders=[PooledRowSharder(trained), SequenceRowSharder(trained)],
+            data_parallel_wrapper=NoOtherRanks() if env.world_size == 1 else None,
         )
     tables: dict[str, TrainedTable] = {}
     backwards = Backwards()
