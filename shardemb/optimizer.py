@@ -121,7 +121,7 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         if self._max_norm is not None:
             scale = self._clip(touched, square, self._max_norm)
         new = self.rows.updated(touched)
-        digest = self._number(float(self._settings.digest(self._backwards.paths)))
+        digest = self._number(self._digest())
         doubt, square, digests, squares = self._over_ranks(
             self._doubt(touched, new), square, digest, digest.square()
         )
@@ -325,6 +325,12 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         """Updates of the tables so far."""
         groups = self.rows.named_groups
         return int(groups[0][1]["step"]) if groups else 0
+
+    def _digest(self) -> float:
+        """Of what ranks must have the same; a single rank differs from none."""
+        if dist.get_world_size() == 1:
+            return 0.0
+        return float(self._settings.digest(self._backwards.paths))
 
     def _over_ranks(self, *numbers: torch.Tensor) -> torch.Tensor:
         """Sums over ranks, float64."""

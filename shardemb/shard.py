@@ -23,6 +23,7 @@ from shardemb.huge_pages import advise_huge
 from shardemb.layouts import DataParallel
 from shardemb.modules.discovery import Collection, Table, find_collections, tables_of
 from shardemb.one_backward import refuse_second_backwards
+from shardemb.one_rank import NoOtherRanks
 from shardemb.optim import SGD, SparseOptimizer
 from shardemb.outputs import FinishPooled, FinishSequences, outputs_of
 from shardemb.placement import ShardingPlan, TablePlacement
@@ -92,6 +93,7 @@ def shard_modules(
                 PooledRowSharder(trained, native=native),
                 SequenceRowSharder(trained, native=native),
             ],
+            data_parallel_wrapper=NoOtherRanks() if env.world_size == 1 else None,
         )
     tables: dict[str, TrainedTable] = {}
     backwards = Backwards()
@@ -129,8 +131,9 @@ def shard_modules(
     note_trained(sharded, TrainedModel(tables=tables, backwards=backwards))
     if env.world_size > 1:
         refuse_second_backwards(sharded)
-    kept = [rows.state for kernel in row_kernels(sharded) for rows in kernel.trained]
-    advise_huge(*(tensor for state in kept for tensor in state.values()))
+    if not native:  # our own kernels made theirs on huge pages
+        kept = [rows.state for kernel in row_kernels(sharded) for rows in kernel.trained]
+        advise_huge(*(tensor for state in kept for tensor in state.values()))
     give_freed_memory_back()  # of what the rows were made from
     return sharded
 

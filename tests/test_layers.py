@@ -144,6 +144,7 @@ LAYERS = (
         "rows",
         "outputs",
         "one_backward",
+        "one_rank",
         "uneven_batches",
         "replicated_sequences",
         "shard",

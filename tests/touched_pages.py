@@ -115,16 +115,25 @@ def _call(function: Callable[..., int], pages: range, argument: int) -> None:
 
 
 def _referenced(maps: str, pages: range) -> int:
-    """How many pages of a mapping were referenced.
+    """How many pages of a block were referenced: of one mapping, or of some with other flags.
+
+    Memory that was a table's before may have been advised for huge pages, which splits it.
 
     Raises:
-        OSError: There is no such mapping, or it has huge pages.
+        OSError: No mappings make up the block, or one has huge pages.
     """
-    start, end = f"{pages.start * _PAGE:08x}", f"{pages.stop * _PAGE:08x}"
-    found = re.search(rf"^{start}-{end} .*?^VmFlags", maps, re.DOTALL | re.MULTILINE)
-    if found is None:
-        raise OSError(f"no mapping {start}-{end} in /proc/self/smaps")
-    sizes = dict(re.findall(r"^(\w+): +(\d+) kB$", found[0], re.MULTILINE))
-    if int(sizes.get("AnonHugePages", 0)):
-        raise OSError("tensors have huge pages")
-    return int(sizes["Referenced"]) * 1024 // _PAGE
+    start, stop = pages.start * _PAGE, pages.stop * _PAGE
+    mapped = referenced = 0
+    for found in re.finditer(
+        r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags", maps, re.DOTALL | re.MULTILINE
+    ):
+        begin, end = int(found[1], 16), int(found[2], 16)
+        if start <= begin and end <= stop:
+            sizes = dict(re.findall(r"^(\w+): +(\d+) kB$", found[0], re.MULTILINE))
+            if int(sizes.get("AnonHugePages", 0)):
+                raise OSError("tensors have huge pages")
+            mapped += end - begin
+            referenced += int(sizes["Referenced"]) * 1024
+    if mapped != stop - start:
+        raise OSError(f"no mappings make up {start:08x}-{stop:08x} in /proc/self/smaps")
+    return referenced // _PAGE

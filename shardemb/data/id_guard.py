@@ -190,6 +190,9 @@ def _check_tensors(batch: KeyedJaggedTensor) -> None:
 def _check_sums(batch: KeyedJaggedTensor, strides: Sequence[int]) -> None:
     # a batch that was made by hand, or of another, may carry sums of other lengths
     lengths, offsets = batch.lengths(), batch.offsets_or_none()
+    carried = (batch.length_per_key_or_none(), batch.offset_per_key_or_none())
+    if offsets is None and carried == (None, None):
+        return
     sums = torch.cat([lengths.new_zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     if (
         offsets is not None
@@ -200,7 +203,6 @@ def _check_sums(batch: KeyedJaggedTensor, strides: Sequence[int]) -> None:
             f"the batch has offsets {offsets.tolist()!s:.80}, and lengths of which they would be "
             f"{sums.tolist()!s:.80}; make the batch of one of them"
         )
-    carried = (batch.length_per_key_or_none(), batch.offset_per_key_or_none())
     if carried == (None, None):
         return
     offset_per_key = sums[[0, *accumulate(strides)]].tolist()

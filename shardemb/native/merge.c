@@ -47,6 +47,24 @@ struct wanted {
     double *squares;
 };
 
+typedef double vdouble __attribute__((vector_size(8 * LANES), aligned(8)));
+
+static double square_of(const float *values, int64_t width)
+{
+    vdouble lanes = {0};
+    int64_t column = 0;
+    for (; column + LANES <= width; column += LANES) {
+        vdouble wide = __builtin_convertvector(load_lanes(values, FLOAT32, column), vdouble);
+        lanes += wide * wide;
+    }
+    double square = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        square += lanes[lane];
+    for (; column < width; column++)
+        square += (double)values[column] * values[column];
+    return square;
+}
+
 static void fill_unit(const struct sorted *sorted, const struct unit *unit, int64_t width,
                       int64_t next, struct wanted wanted, float *sum)
 {
@@ -62,12 +80,8 @@ static void fill_unit(const struct sorted *sorted, const struct unit *unit, int6
             sum = wanted.gradients + next * width;
         }
         sum_gradients(its, unit->entries + id, end - id, width, sum);
-        if (wanted.squares) {
-            double square = 0;
-            for (int64_t column = 0; column < width; column++)
-                square += (double)sum[column] * sum[column];
-            wanted.squares[next] = square;
-        }
+        if (wanted.squares)
+            wanted.squares[next] = square_of(sum, width);
     }
 }
 

@@ -54,10 +54,22 @@ static void load_row(const struct block *block, const struct training *how, int6
     load_state((float *)row->square, how->square, number, square_size(block, how));
 }
 
+/* Whether no exponent has all bits; lanes beyond the count are looked at one by one. */
 static int all_finite(const vfloat *values, int64_t count)
 {
-    int finite = 1;
-    for (int64_t index = 0; index < count; index++)
+    vint bad = {0};
+    int64_t part = 0;
+    for (; (part + 1) * LANES <= count; part++)
+        bad |= ((vint)values[part] & 0x7f800000) == 0x7f800000;
+#if defined(__AVX512F__)
+    int finite = _mm512_test_epi32_mask((__m512i)bad, (__m512i)bad) == 0;
+#else
+    int32_t any = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        any |= bad[lane];
+    int finite = any == 0;
+#endif
+    for (int64_t index = part * LANES; index < count; index++)
         finite &= fabsf(((const float *)values)[index]) <= FLT_MAX;
     return finite;
 }
