@@ -2,6 +2,7 @@
 
 # B batch, D embedding_dim
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import cycle
@@ -64,12 +65,15 @@ class Bags(nn.Module):
 
     def forward(self, batch: KeyedJaggedTensor) -> torch.Tensor:
         """The loss."""
-        features = [batch[name] for name in batch.keys()]  # noqa: SIM118 - not a dict
-        pooled = [
-            bag(feature.values(), feature.offsets())
-            for bag, feature in zip(self.bags, features, strict=True)
+        return torch.cat(self.pooled(batch), 1).mean()
+
+    def pooled(self, batch: KeyedJaggedTensor) -> list[torch.Tensor]:
+        """Of each bag; the batch keeps its features' offsets, as a user would."""
+        features = batch.to_dict()
+        return [
+            bag(features[name].values(), features[name].offsets())
+            for name, bag in zip(features, self.bags, strict=True)
         ]
-        return torch.cat(pooled, 1).mean()
 
 
 def some_bags(case: Case, *, sparse: bool) -> Bags:
@@ -109,7 +113,7 @@ TORCH_OPTIMIZERS = {
 """Adagrad stands for its row-wise kin."""
 
 
-def plain(case: Case, batches: Batches) -> Step:
+def plain(case: Case, batches: Batches, env: Env) -> Step:  # noqa: ARG001 - called as others are
     """nn.EmbeddingBag with a torch optimizer."""
     model = some_bags(case, sparse=True)
     return loop(model, TORCH_OPTIMIZERS[case.optimizer](model.parameters(), lr=LR), batches)
@@ -156,7 +160,9 @@ def torchrec_directly(case: Case, batches: Batches, env: Env) -> Step:
     return loop(sharded, sharded.fused_optimizer, batches)
 
 
-def shardemb(case: Case, env: Env, *, declared_order: bool = False) -> tuple[nn.Module, Any]:
+def shardemb(
+    case: Case, env: Env, *, declared_order: bool = False, kernel: str = "auto"
+) -> tuple[nn.Module, Any]:
     """The same through shardemb."""
     tables = [
         se.TableConfig(
@@ -176,9 +182,17 @@ def shardemb(case: Case, env: Env, *, declared_order: bool = False) -> tuple[nn.
         else layouts.table_wise(rank=number % env.world_size)
         for number, name in enumerate(case.names)
     }
-    plan = se.plan_sharding(model, env, where)
+    plan = _planned(model, env, where, kernel)
     sharded = se.shard_modules(model, plan, env, declared_order=declared_order)
     return sharded, se.build_optimizer(sharded)
+
+
+def _planned(
+    model: nn.Module, env: Env, where: dict[str, layouts.Layout], kernel: str
+) -> se.ShardingPlan:
+    takes_it = "kernel" in inspect.signature(se.plan_sharding).parameters
+    options: dict[str, Any] = {"kernel": kernel} if takes_it else {}
+    return se.plan_sharding(model, env, where, **options)
 
 
 def pipeline(model: nn.Module, optimizer: Any, batches: Batches, env: Env) -> Step:
@@ -196,5 +210,5 @@ def contenders(case: Case, env: Env) -> dict[str, Step]:
     if case.layout == "table_wise" and env.world_size > 1:
         steps[IN_ORDER] = loop(*shardemb(case, env, declared_order=True), batches)
     if env.world_size == 1:
-        steps[PLAIN] = plain(case, batches)
+        steps[PLAIN] = plain(case, batches, env)
     return steps
