@@ -10,7 +10,15 @@ HEADERS = sorted(Path("shardemb/native").glob("*.h"))
 # as shardemb/native/library.py reckons it, to notice a library of other sources
 DIGEST = zlib.crc32(b"".join(path.read_bytes() for path in sorted([*SOURCES, *HEADERS])))
 # -fopenmp only compiles: when they run, the kernels share the OpenMP threads that torch has loaded
-FLAGS = ["-O3", "-std=gnu11", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-Wall"]
+FLAGS = [
+    "-O3",
+    "-std=gnu11",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-psabi",
+]
 LEVELS = {4: ["-march=x86-64-v4"], 3: ["-march=x86-64-v3"], 1: []}
 
 setup(

@@ -33,6 +33,7 @@ LAYERS = (
             "host_memory",
             "native",
             "native.library",
+            "native.kernels",
         ),
         "doctor",
         "doctor.__main__",

@@ -17,7 +17,11 @@ def library() -> ctypes.CDLL | None:
     if lowest is None or missing() is not None:
         return None
     best: int = lowest.se_level()
-    return next(found for level in (best, 3, 1) if level <= best and (found := _load(level)))
+    found = next(one for level in (best, 3, 1) if level <= best and (one := _load(level)))
+    found.se_look_up.restype = ctypes.c_int64
+    found.se_sorted_new.restype = ctypes.c_void_p
+    found.se_largest.restype = ctypes.c_float
+    return found
 
 
 @functools.cache
