@@ -162,6 +162,12 @@ class Blocks:
         self.num_features = sum(block.num_features for block in blocks)
         self.width = sum(block.weight_RD.shape[1] * block.num_features for block in blocks)
         self._array = (_Block * len(blocks))(*map(_block_of, blocks))
+        self._largest = ctypes.c_float()
+
+    @property
+    def largest(self) -> float:
+        """Largest magnitude in the last output; not finite where any value was not."""
+        return self._largest.value
 
     def look_up(self, bags: Bags) -> Tensor:
         """Looks rows up.
@@ -182,7 +188,11 @@ class Blocks:
         output = torch.empty(shape)
         lookup = bags.with_output(output)
         bad = self._c.se_look_up(
-            self._array, len(self._blocks), ctypes.byref(lookup), torch.get_num_threads()
+            self._array,
+            len(self._blocks),
+            ctypes.byref(lookup),
+            ctypes.byref(self._largest),
+            torch.get_num_threads(),
         )
         if bad >= 0:
             raise IndexError(f"id {int(bags.ids_N[bad])} is not one of the block's rows")
@@ -281,11 +291,12 @@ class Merged:
         )
         return list(squares)
 
-    def update(self, trainings: Sequence[Training]) -> list[int]:
+    def update(self, trainings: Sequence[Training], *, dry: bool = False) -> list[int]:
         """Updates the rows.
 
         Args:
             trainings: How each block is trained.
+            dry: Whether nothing is to be written.
 
         Returns:
             Of each block the first row that would have become something not finite, and was left
@@ -297,6 +308,7 @@ class Merged:
                 self._sorted,
                 self._blocks._array,
                 (Training * len(trainings))(*trainings),
+                int(dry),
                 bad_rows,
                 torch.get_num_threads(),
             )

@@ -5,6 +5,19 @@
 /* Output beyond this size is not in a cache when it is read, and is written past it. */
 #define LARGE_OUTPUT (16 << 20)
 
+/* Magnitudes of floats order as their bits do; those of not-a-number are largest. */
+#define MAGNITUDE 0x7fffffffu
+
+/* Some neighbouring bags of a feature, which are a thread's. */
+struct part {
+    const struct block *block;
+    const struct lookup *lookup;
+    int64_t feature, first_bag, last_bag;
+    float *gradient; /* of the ids' weights, where that is wanted */
+    int streamed;    /* whether to write past the caches */
+    vuint largest;   /* magnitudes of outputs so far, as bits */
+};
+
 /* The bag at which a part of the work begins, if ids and bags cost the same. */
 static int64_t bag_of_part(const struct lookup *lookup, int part, int parts)
 {
@@ -21,16 +34,26 @@ static int64_t bag_of_part(const struct lookup *lookup, int part, int parts)
     return low;
 }
 
-INLINE void store_lanes(float *output, vfloat lanes, int streamed)
+INLINE void store_lanes(struct part *part, float *output, vfloat lanes)
 {
+    vuint bits = (vuint)lanes & MAGNITUDE, larger = (vuint)(bits > part->largest);
+    part->largest = (bits & larger) | (part->largest & ~larger);
 #if defined(__AVX512F__)
-    if (streamed) {
+    if (part->streamed) {
         _mm512_stream_ps(output, (__m512)lanes);
         return;
     }
 #endif
-    (void)streamed;
     *(vfloat *)output = lanes;
+}
+
+INLINE void store_one(struct part *part, float *output, float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits &= MAGNITUDE;
+    part->largest[0] = bits > part->largest[0] ? bits : part->largest[0];
+    *output = value;
 }
 
 INLINE const void *row_of(const struct block *block, int dtype, int64_t row)
@@ -38,165 +61,156 @@ INLINE const void *row_of(const struct block *block, int dtype, int64_t row)
     return (const char *)block->weight + row * block->width * size_of(dtype);
 }
 
+INLINE const void *row_at(const struct part *part, int dtype, int id_bytes, int64_t id)
+{
+    return row_of(part->block, dtype, whole(part->lookup->ids, id_bytes, id));
+}
+
 /* Columns [column, column + count) of a bag's sum; count is CHUNK or LANES. */
-INLINE void pool_lanes(const struct block *block, const struct lookup *lookup, int dtype,
-                       int id_bytes, int weighted, const int64_t ids[2], int64_t column, int count,
-                       float scale, float *output, int streamed)
+INLINE void pool_lanes(struct part *part, int dtype, int id_bytes, int weighted,
+                       const int64_t ids[2], int64_t column, int count, float scale, float *output)
 {
     vfloat sums[CHUNK / LANES] = {{0}};
     for (int64_t id = ids[0]; id < ids[1]; id++) {
-        const void *row = row_of(block, dtype, whole(lookup->ids, id_bytes, id));
-        for (int part = 0; part < count / LANES; part++) {
-            vfloat lanes = load_lanes(row, dtype, column + part * LANES);
+        const void *row = row_at(part, dtype, id_bytes, id);
+        for (int number = 0; number < count / LANES; number++) {
+            vfloat lanes = load_lanes(row, dtype, column + number * LANES);
             if (weighted)
-                lanes *= lookup->weights[id];
-            sums[part] += lanes;
+                lanes *= part->lookup->weights[id];
+            sums[number] += lanes;
         }
     }
-    for (int part = 0; part < count / LANES; part++)
-        store_lanes(output + column + part * LANES, sums[part] * scale, streamed);
+    for (int number = 0; number < count / LANES; number++)
+        store_lanes(part, output + column + number * LANES, sums[number] * scale);
 }
 
 /* The last columns, fewer than LANES. */
-INLINE void pool_rest(const struct block *block, const struct lookup *lookup, int dtype,
-                      int id_bytes, int weighted, const int64_t ids[2], int64_t column, float scale,
-                      float *output)
+INLINE void pool_rest(struct part *part, int dtype, int id_bytes, int weighted,
+                      const int64_t ids[2], int64_t column, float scale, float *output)
 {
-    for (; column < block->width; column++) {
+    for (; column < part->block->width; column++) {
         float sum = 0;
         for (int64_t id = ids[0]; id < ids[1]; id++) {
-            const void *row = row_of(block, dtype, whole(lookup->ids, id_bytes, id));
-            float value = load_one(row, dtype, column);
-            sum += weighted ? value * lookup->weights[id] : value;
+            float value = load_one(row_at(part, dtype, id_bytes, id), dtype, column);
+            sum += weighted ? value * part->lookup->weights[id] : value;
         }
-        output[column] = sum * scale;
+        store_one(part, output + column, sum * scale);
     }
 }
 
-/* Checks and prefetches the ids up to AHEAD of a bag's; returns a bad id's place or -1. */
-INLINE int64_t look_ahead(const struct block *block, const struct lookup *lookup, int dtype,
-                          int id_bytes, int64_t *seen, int64_t until, int64_t end)
+/* Checks and prefetches ids from `seen` up to `until`; returns a bad one's place, or -1. */
+INLINE int64_t look_ahead(const struct part *part, int dtype, int id_bytes, int64_t *seen,
+                          int64_t until, int64_t end)
 {
-    int64_t bad = -1;
+    const struct block *block = part->block;
     if (until > end)
         until = end;
     for (; *seen < until; (*seen)++) {
-        int64_t row = whole(lookup->ids, id_bytes, *seen);
-        if ((uint64_t)row >= (uint64_t)block->num_rows) {
-            bad = *seen;
-            break;
-        }
+        int64_t row = whole(part->lookup->ids, id_bytes, *seen);
+        if ((uint64_t)row >= (uint64_t)block->num_rows)
+            return *seen;
         prefetch(row_of(block, dtype, row), block->width * size_of(dtype));
     }
-    return bad;
+    return -1;
 }
 
-INLINE int64_t pool_feature(const struct block *block, const struct lookup *lookup, int dtype,
-                            int id_bytes, int weighted, int64_t feature, int64_t first_bag,
-                            int64_t last_bag, int streamed)
+/* Where a feature's part of a pooled output begins, or of its gradient. */
+INLINE float *pooled_output(const struct part *part)
 {
-    int64_t base = feature * lookup->num_bags;
-    int64_t end = offset_at(lookup, base + last_bag);
-    int64_t seen = offset_at(lookup, base + first_bag);
-    float *output = lookup->output + first_bag * lookup->stride + block->first_column +
-                    (feature - block->first_feature) * block->width;
+    const struct block *block = part->block;
+    return part->lookup->output + part->first_bag * part->lookup->stride + block->first_column +
+           (part->feature - block->first_feature) * block->width;
+}
+
+INLINE int64_t pool(struct part *part, int dtype, int id_bytes, int weighted)
+{
+    const struct lookup *lookup = part->lookup;
+    int64_t base = part->feature * lookup->num_bags, width = part->block->width;
+    int64_t end = offset_at(lookup, base + part->last_bag);
+    int64_t seen = offset_at(lookup, base + part->first_bag);
     int64_t ids[2] = {seen, seen};
-    for (int64_t bag = first_bag; bag < last_bag; bag++, output += lookup->stride) {
+    float *output = pooled_output(part);
+    for (int64_t bag = part->first_bag; bag < part->last_bag; bag++, output += lookup->stride) {
         ids[0] = ids[1];
         ids[1] = offset_at(lookup, base + bag + 1);
-        int64_t bad = look_ahead(block, lookup, dtype, id_bytes, &seen, ids[1] + AHEAD, end);
+        int64_t bad = look_ahead(part, dtype, id_bytes, &seen, ids[1] + AHEAD, end);
         if (bad >= 0)
             return bad;
-        int64_t length = ids[1] - ids[0];
+        int64_t length = ids[1] - ids[0], column = 0;
         float scale = lookup->pooling == MEAN && length > 1 ? 1.0f / length : 1.0f;
-        int64_t column = 0;
-        for (; column + CHUNK <= block->width; column += CHUNK)
-            pool_lanes(block, lookup, dtype, id_bytes, weighted, ids, column, CHUNK, scale, output,
-                       streamed);
-        for (; column + LANES <= block->width; column += LANES)
-            pool_lanes(block, lookup, dtype, id_bytes, weighted, ids, column, LANES, scale, output,
-                       streamed);
-        pool_rest(block, lookup, dtype, id_bytes, weighted, ids, column, scale, output);
+        for (; column + CHUNK <= width; column += CHUNK)
+            pool_lanes(part, dtype, id_bytes, weighted, ids, column, CHUNK, scale, output);
+        for (; column + LANES <= width; column += LANES)
+            pool_lanes(part, dtype, id_bytes, weighted, ids, column, LANES, scale, output);
+        pool_rest(part, dtype, id_bytes, weighted, ids, column, scale, output);
     }
     return -1;
 }
 
-INLINE int64_t copy_rows(const struct block *block, const struct lookup *lookup, int dtype,
-                         int id_bytes, int64_t feature, int64_t first_bag, int64_t last_bag,
-                         int streamed)
+INLINE int64_t copy(struct part *part, int dtype, int id_bytes)
 {
-    int64_t base = feature * lookup->num_bags;
-    int64_t id = offset_at(lookup, base + first_bag), end = offset_at(lookup, base + last_bag);
-    int64_t seen = id;
+    const struct lookup *lookup = part->lookup;
+    int64_t base = part->feature * lookup->num_bags, width = part->block->width;
+    int64_t id = offset_at(lookup, base + part->first_bag), seen = id;
+    int64_t end = offset_at(lookup, base + part->last_bag);
     for (; id < end; id++) {
-        int64_t bad = look_ahead(block, lookup, dtype, id_bytes, &seen, id + AHEAD, end);
+        int64_t bad = look_ahead(part, dtype, id_bytes, &seen, id + AHEAD, end);
         if (bad >= 0)
             return bad;
-        const void *row = row_of(block, dtype, whole(lookup->ids, id_bytes, id));
+        const void *row = row_at(part, dtype, id_bytes, id);
         float *output = lookup->output + id * lookup->stride;
         int64_t column = 0;
-        for (; column + LANES <= block->width; column += LANES)
-            store_lanes(output + column, load_lanes(row, dtype, column), streamed);
-        for (; column < block->width; column++)
-            output[column] = load_one(row, dtype, column);
+        for (; column + LANES <= width; column += LANES)
+            store_lanes(part, output + column, load_lanes(row, dtype, column));
+        for (; column < width; column++)
+            store_one(part, output + column, load_one(row, dtype, column));
     }
     return -1;
 }
 
-INLINE int64_t weigh(const struct block *block, const struct lookup *lookup, int dtype,
-                     int id_bytes, int64_t feature, int64_t first_bag, int64_t last_bag,
-                     float *gradient)
+INLINE int64_t weigh(struct part *part, int dtype, int id_bytes)
 {
-    int64_t base = feature * lookup->num_bags;
-    int64_t end = offset_at(lookup, base + last_bag);
-    int64_t id = offset_at(lookup, base + first_bag), seen = id;
-    const float *output = lookup->output + first_bag * lookup->stride + block->first_column +
-                          (feature - block->first_feature) * block->width;
-    for (int64_t bag = first_bag; bag < last_bag; bag++, output += lookup->stride)
+    const struct lookup *lookup = part->lookup;
+    int64_t base = part->feature * lookup->num_bags;
+    int64_t id = offset_at(lookup, base + part->first_bag), seen = id;
+    int64_t end = offset_at(lookup, base + part->last_bag);
+    const float *output = pooled_output(part);
+    for (int64_t bag = part->first_bag; bag < part->last_bag; bag++, output += lookup->stride)
         for (int64_t last = offset_at(lookup, base + bag + 1); id < last; id++) {
-            look_ahead(block, lookup, dtype, id_bytes, &seen, id + AHEAD, end);
-            const void *row = row_of(block, dtype, whole(lookup->ids, id_bytes, id));
-            gradient[id] = dot(output, row, dtype, block->width);
+            look_ahead(part, dtype, id_bytes, &seen, id + AHEAD, end);
+            const void *row = row_at(part, dtype, id_bytes, id);
+            part->gradient[id] = dot(output, row, dtype, part->block->width);
         }
     return -1;
 }
 
-enum { POOL, COPY, WEIGH };
-
-INLINE int64_t run(int what, const struct block *block, const struct lookup *lookup, int dtype,
-                   int id_bytes, int64_t feature, int64_t first, int64_t last, float *gradient,
-                   int streamed)
+INLINE int64_t run_typed(struct part *part, int dtype, int id_bytes)
 {
-    if (what == COPY)
-        return copy_rows(block, lookup, dtype, id_bytes, feature, first, last, streamed);
-    if (what == WEIGH)
-        return weigh(block, lookup, dtype, id_bytes, feature, first, last, gradient);
-    if (lookup->weights)
-        return pool_feature(block, lookup, dtype, id_bytes, 1, feature, first, last, streamed);
-    return pool_feature(block, lookup, dtype, id_bytes, 0, feature, first, last, streamed);
+    if (part->gradient)
+        return weigh(part, dtype, id_bytes);
+    if (part->lookup->pooling == NO_POOLING)
+        return copy(part, dtype, id_bytes);
+    if (part->lookup->weights)
+        return pool(part, dtype, id_bytes, 1);
+    return pool(part, dtype, id_bytes, 0);
 }
 
-/* A part of a feature's bags, by code that is made for the types. */
-static int64_t run_typed(int what, const struct block *block, const struct lookup *lookup,
-                         int64_t feature, int64_t first, int64_t last, float *gradient,
-                         int streamed)
+/* By code that is made for the types. */
+static int64_t run(struct part *part)
 {
-#define CASE(DTYPE, BYTES)                                                                         \
-    if (block->dtype == DTYPE && lookup->id_bytes == BYTES)                                        \
-        return run(what, block, lookup, DTYPE, BYTES, feature, first, last, gradient, streamed);
-    CASE(FLOAT32, 8)
-    CASE(FLOAT32, 4)
-    CASE(FLOAT16, 8)
-    CASE(FLOAT16, 4)
-    CASE(BFLOAT16, 8)
-    CASE(BFLOAT16, 4)
-#undef CASE
-    return -1;
+    int wide = part->lookup->id_bytes == 8;
+    switch (part->block->dtype) {
+    case FLOAT32: return wide ? run_typed(part, FLOAT32, 8) : run_typed(part, FLOAT32, 4);
+    case FLOAT16: return wide ? run_typed(part, FLOAT16, 8) : run_typed(part, FLOAT16, 4);
+    default: return wide ? run_typed(part, BFLOAT16, 8) : run_typed(part, BFLOAT16, 4);
+    }
 }
 
-static int can_stream(const struct block *blocks, int num_blocks, const struct lookup *lookup,
-                      int64_t num_outputs)
+static int can_stream(const struct block *blocks, int num_blocks, const struct lookup *lookup)
 {
+    int64_t bags = lookup->num_bags;
+    int64_t num_outputs =
+        lookup->pooling == NO_POOLING ? offset_at(lookup, bags * lookup->num_features) : bags;
     int whole_lines = num_outputs * lookup->stride * 4 > LARGE_OUTPUT &&
                       (uintptr_t)lookup->output % LINE == 0 && lookup->stride % LANES == 0;
     for (int number = 0; number < num_blocks; number++)
@@ -205,51 +219,64 @@ static int can_stream(const struct block *blocks, int num_blocks, const struct l
     return whole_lines;
 }
 
-/* All features; returns the place of an id that its block does not have, or -1. */
-static int64_t run_all(int what, const struct block *blocks, int num_blocks,
-                       const struct lookup *lookup, float *gradient, int num_threads)
+/* The bags [begin, end), which are numbered feature after feature; the place of a bad id, or -1. */
+static int64_t run_bags(struct part *part, const struct block *blocks, int num_blocks,
+                        int64_t begin, int64_t end)
 {
-    int64_t bags = lookup->num_bags, found = INT64_MAX;
-    int64_t num_outputs =
-        what == COPY ? offset_at(lookup, bags * lookup->num_features) : bags;
-    int streamed = what != WEIGH && can_stream(blocks, num_blocks, lookup, num_outputs);
-#pragma omp parallel for num_threads(num_threads) reduction(min : found) schedule(static, 1)
-    for (int part = 0; part < num_threads; part++) {
-        int64_t begin = bag_of_part(lookup, part, num_threads);
-        int64_t end = bag_of_part(lookup, part + 1, num_threads);
-        for (int number = 0; number < num_blocks; number++) {
-            const struct block *block = &blocks[number];
-            for (int64_t of = 0; of < block->num_features; of++) {
-                int64_t feature = block->first_feature + of;
-                int64_t first = begin - feature * bags, last = end - feature * bags;
-                first = first < 0 ? 0 : first;
-                last = last > bags ? bags : last;
-                if (first >= last)
-                    continue;
-                int64_t bad =
-                    run_typed(what, block, lookup, feature, first, last, gradient, streamed);
-                if (bad >= 0 && bad < found)
-                    found = bad;
-            }
+    int64_t bags = part->lookup->num_bags;
+    for (int number = 0; number < num_blocks; number++)
+        for (int64_t of = 0; of < blocks[number].num_features; of++) {
+            int64_t feature = blocks[number].first_feature + of;
+            int64_t first = begin - feature * bags, last = end - feature * bags;
+            part->block = &blocks[number];
+            part->feature = feature;
+            part->first_bag = first < 0 ? 0 : first;
+            part->last_bag = last > bags ? bags : last;
+            int64_t bad = part->first_bag < part->last_bag ? run(part) : -1;
+            if (bad >= 0)
+                return bad;
         }
+    return -1;
+}
+
+/* All features; the place of an id that its block does not have, or -1. */
+static int64_t run_all(const struct block *blocks, int num_blocks, const struct lookup *lookup,
+                       float *gradient, float *largest, int num_threads)
+{
+    int64_t found = INT64_MAX;
+    uint32_t highest = 0;
+    int streamed = !gradient && can_stream(blocks, num_blocks, lookup);
+#pragma omp parallel for num_threads(num_threads) reduction(min : found) reduction(max : highest) \
+    schedule(static, 1)
+    for (int thread = 0; thread < num_threads; thread++) {
+        struct part part = {.lookup = lookup, .gradient = gradient, .streamed = streamed};
+        int64_t begin = bag_of_part(lookup, thread, num_threads);
+        int64_t end = bag_of_part(lookup, thread + 1, num_threads);
+        int64_t bad = run_bags(&part, blocks, num_blocks, begin, end);
+        if (bad >= 0 && bad < found)
+            found = bad;
+        for (int lane = 0; lane < LANES; lane++)
+            highest = part.largest[lane] > highest ? part.largest[lane] : highest;
 #if defined(__AVX512F__)
-        _mm_sfence();
+        _mm_sfence(); /* what was streamed is there before the threads meet */
 #endif
     }
+    if (largest)
+        memcpy(largest, &highest, sizeof highest);
     return found == INT64_MAX ? -1 : found;
 }
 
-/* Writes lookup->output: pooled rows, or each id's. */
+/* Writes lookup->output: pooled rows, or each id's; and its largest magnitude, which is not finite
+   where any is not. */
 int64_t se_look_up(const struct block *blocks, int num_blocks, const struct lookup *lookup,
-                   int num_threads)
+                   float *largest, int num_threads)
 {
-    int what = lookup->pooling == NO_POOLING ? COPY : POOL;
-    return run_all(what, blocks, num_blocks, lookup, NULL, num_threads);
+    return run_all(blocks, num_blocks, lookup, NULL, largest, num_threads);
 }
 
 /* The gradient of a sum's weights [N], where lookup->output is the gradient of the output. */
 void se_weigh(const struct block *blocks, int num_blocks, const struct lookup *lookup,
               float *gradient, int num_threads)
 {
-    run_all(WEIGH, blocks, num_blocks, lookup, gradient, num_threads);
+    run_all(blocks, num_blocks, lookup, gradient, NULL, num_threads);
 }

@@ -245,9 +245,9 @@ INLINE void round_row(const struct block *block, const struct training *how, int
     }
 }
 
-/* Writes a row and its state, if all of it is finite; whether it is. */
+/* Writes a row and its state, if all of it is finite and they are to be written; whether it is. */
 INLINE int store_row(const struct block *block, const struct training *how, int optimizer,
-                     int64_t number, struct row *row, uint16_t *rounded)
+                     int64_t number, struct row *row, uint16_t *rounded, int dry)
 {
     int64_t width = row->width, first = number * width;
     int finite = 1, of_row = is_per_row(optimizer);
@@ -263,8 +263,8 @@ INLINE int store_row(const struct block *block, const struct training *how, int 
         finite &= all_finite(row->square, width);
     if (of_row)
         finite &= fabsf(momentum_per_row(optimizer) ? row->row_momentum : row->row_square) <= FLT_MAX;
-    if (!finite)
-        return 0;
+    if (!finite || dry)
+        return finite;
     char *weight = (char *)block->weight + first * size_of(block->dtype);
     if (block->dtype == FLOAT32)
         memcpy(weight, row->weight, width * sizeof(float));
@@ -305,7 +305,7 @@ static int moves(const struct training *how, int64_t row)
 /* Updates a unit's rows; returns the first that would not be finite, or -1. */
 INLINE int64_t update_unit(int optimizer, const struct block *block, const struct training *how,
                            const struct block_sources *its, const struct unit *unit,
-                           struct row row, uint16_t *rounded)
+                           struct row row, uint16_t *rounded, int dry)
 {
     int64_t bad = -1, seen = 0, previous = -1;
     for (int64_t index = 0, end; index < unit->count; index = end) {
@@ -326,7 +326,7 @@ INLINE int64_t update_unit(int optimizer, const struct block *block, const struc
                 row.gradient[column] *= (float)how->scale;
         load_row(block, how, optimizer, number, &row);
         apply(optimizer, how, &row);
-        if (!store_row(block, how, optimizer, number, &row, rounded) && bad < 0)
+        if (!store_row(block, how, optimizer, number, &row, rounded, dry) && bad < 0)
             bad = number;
     }
     return bad;
@@ -335,10 +335,10 @@ INLINE int64_t update_unit(int optimizer, const struct block *block, const struc
 /* By code that is made for the optimizer. */
 static int64_t update_any(const struct block *block, const struct training *how,
                           const struct block_sources *its, const struct unit *unit, struct row row,
-                          uint16_t *rounded)
+                          uint16_t *rounded, int dry)
 {
 #define CASE(OPTIMIZER)                                                                            \
-    case OPTIMIZER: return update_unit(OPTIMIZER, block, how, its, unit, row, rounded);
+    case OPTIMIZER: return update_unit(OPTIMIZER, block, how, its, unit, row, rounded, dry);
     switch (how->optimizer) {
         CASE(SGD)
         CASE(LARS_SGD)
@@ -362,10 +362,11 @@ static int64_t widest(const struct block *blocks, int num_blocks)
     return (width + LANES - 1) / LANES * LANES;
 }
 
-/* Updates all rows of sorted ids; `bad_rows` [num_blocks] tells of each block the first row that
-   would not be finite and was left as it was, or -1. Returns 0, or -1 where memory is missing. */
+/* Updates all rows of sorted ids, or writes nothing of it; `bad_rows` [num_blocks] tells of each
+   block the first row that would not be finite and was left as it was, or -1. Returns 0, or -1
+   where memory is missing. */
 int se_update(const struct sorted *sorted, const struct block *blocks,
-              const struct training *trainings, int64_t *bad_rows, int num_threads)
+              const struct training *trainings, int dry, int64_t *bad_rows, int num_threads)
 {
     int64_t width = widest(blocks, sorted->num_blocks);
     float *memory = aligned_alloc(LINE, (size_t)num_threads * 5 * width * sizeof(float));
@@ -385,7 +386,7 @@ int se_update(const struct sorted *sorted, const struct block *blocks,
                               .width = block->width};
             bad_of[number] = update_any(block, &trainings[unit->block],
                                         &sorted->blocks[unit->block], unit, row,
-                                        (uint16_t *)(own + 4 * width));
+                                        (uint16_t *)(own + 4 * width), dry);
         }
         for (int64_t number = 0; number < sorted->num_units; number++) {
             int64_t *bad = &bad_rows[sorted->units[number].block];
