@@ -2,15 +2,14 @@
 
 # B batch, D embedding_dim, N ids, R rows
 
-import ctypes
-import mmap
 from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torchrec import KeyedJaggedTensor
 
+from benchmarks.bare_kernel import Tables, on_huge_pages
 from benchmarks.cases import (
     EMBEDDING_DIM,
     START,
@@ -22,7 +21,7 @@ from benchmarks.cases import (
     zipf_ids,
 )
 from benchmarks.contenders import OWN_LOOP, Step, shardemb, some_bags
-from benchmarks.kernel_contenders import FBGEMM, fbgemm_tables
+from benchmarks.kernel_contenders import BARE, FBGEMM, fbgemm_tables
 from shardemb.env import Env
 
 BATCH_SIZES = {1: 8192, 20: 2048, 50: 1024, 1000: 40}
@@ -34,7 +33,6 @@ IDS: dict[str, Callable[[int, tuple[int, ...], int], Iterator[IdArray]]] = {
     UNIFORM: uniform_ids,
     ZIPF: zipf_ids,
 }
-MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # asm-generic/mman-common.h of Linux
 LookUp = Callable[[KeyedJaggedTensor], object]
 
 
@@ -63,25 +61,17 @@ def case_of(ids_per_bag: int) -> Case:
     )
 
 
-def on_huge_pages(tensor: torch.Tensor) -> None:
-    """Asks Linux for pages of 2 MB, which it may refuse."""
-    libc = ctypes.CDLL(None)
-    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - first)
-    for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
-        libc.madvise(ctypes.c_void_p(first), size, advice)
-
-
 def look_ups(env: Env) -> dict[str, LookUp]:
     """The lookup of each contender, with tables of its own."""
     case = case_of(1)
-    sharded, _ = shardemb(case, env)
+    sharded: Any = shardemb(case, env)[0]
     huge = some_bags(case, sparse=False)
     for weight_RD in huge.parameters():
         on_huge_pages(weight_RD.data)
     tables = fbgemm_tables(case)
     return {
-        OWN_LOOP: sharded.collection,  # type: ignore[dict-item]
+        OWN_LOOP: lambda batch: sharded.module.collection(batch).values(),
+        BARE: Tables(case).look_up,
         BAGS: some_bags(case, sparse=False).pooled,
         BAGS_HUGE: huge.pooled,
         FBGEMM: lambda batch: tables(batch.values(), batch.offsets()),

@@ -15,6 +15,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 
+from benchmarks.bare_kernel import bare_kernel
 from benchmarks.cases import EMBEDDING_DIM, LR, START, Batches, Case, zipf_batches
 from benchmarks.contenders import (
     OWN_LOOP,
@@ -101,6 +102,7 @@ CONTENDERS: dict[str, Make] = {
     FBGEMM: fbgemm,
     TORCHREC: torchrec_directly,
     PLAIN: plain,
+    BARE: bare_kernel,
     LOSS: loss_alone,
 }
 ONLY_FUSED = (FBGEMM, TORCHREC)

@@ -6,7 +6,7 @@ What is set for a whole process can so be compared step by step, as contenders o
 import ctypes
 import multiprocessing
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -21,7 +21,7 @@ from shardemb.env import Env
 
 REST_S = 0.01
 """Between steps, so that the OpenMP threads of the last team no longer wait for work, spinning."""
-Times = dict[tuple[str, Hashable], list[float]]
+Times = dict[tuple[str, Any], list[float]]
 """Milliseconds by team and contender, named as its team names it."""
 
 
