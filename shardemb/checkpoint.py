@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from shardemb.agree import all_or_none
+from shardemb.allocator import give_freed_memory_back
 from shardemb.env import Env, init_distributed
 from shardemb.errors import RunError
 from shardemb.optimizer import DENSE, FUSED, Optimizer
@@ -101,6 +102,7 @@ def save_checkpoint(
                 f"rank {env.rank} does not see {path}, which rank 0 wrote; save to a filesystem "
                 "that all nodes share"
             )
+    give_freed_memory_back()
     return path
 
 
@@ -146,6 +148,7 @@ def load_checkpoint(
         group.update({key: _like(group.get(key), value) for key, value in saved.items()})
     optimizer.zero_grad()
     optimizer.rows.post_load_state_dict()
+    give_freed_memory_back()
     return int(header["step"])
 
 

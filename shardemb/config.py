@@ -10,8 +10,6 @@ from shardemb.optim import RowWiseAdagrad, SparseOptimizer
 
 MAX_NUM_EMBEDDINGS = 2**31 - 1  # FBGEMM holds row numbers of a table in 32 bits on some paths
 
-WIDTH_STEP = 4
-"""Columns come in fours: FBGEMM's kernels read four floats at a time."""
 BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a value of each dtype that rows may have."""
 OutOfRange = Literal["raise", "drop", "clamp", "hash", "oov_row"]
@@ -24,15 +22,15 @@ class TableConfig:
     Attributes:
         name: Name of the table, unique in a model; checkpoints and initial rows go by it.
         num_embeddings: Number of rows.
-        embedding_dim: Number of columns, a multiple of 4 (FBGEMM's kernels read four floats at a
-            time).
+        embedding_dim: Number of columns; where FBGEMM's kernels serve, as on CUDA, a multiple of 4,
+            as they read four values at a time.
         feature_names: Keys of the batch that look up here. Several features may share one table.
         pooling: How the rows of a bag are pooled: "sum" or "mean". An empty bag is a row of zeros.
         optimizer: How looked-up rows are updated.
         init: Initial values, drawn by `shardemb.init.Uniform`, `Normal` or `Constant`, or given by
             `Pretrained`; by default uniform within 1 / sqrt(num_embeddings), as in TorchRec.
-        dtype: Of the rows: "float32", "float16", or on CUDA "bfloat16". Optimizer state and pooled
-            features are float32 in any case.
+        dtype: Of the rows: "float32", "float16" or "bfloat16", the last not by FBGEMM's kernels on
+            CPU. Optimizer state and pooled features are float32 in any case.
         rounding: Of updated 16-bit rows. "stochastic" takes one of the two neighbours, with a
             probability by its distance, so that small updates count on average; which, is a pure
             function of table, row, column and step. "nearest" loses updates of less than about
@@ -88,11 +86,6 @@ class TableConfig:
             raise ValueError(
                 f"{table}: num_embeddings must be at most {MAX_NUM_EMBEDDINGS}, got "
                 f"{self.num_embeddings}; hash the ids into fewer rows"
-            )
-        if self.embedding_dim % WIDTH_STEP:
-            raise ValueError(
-                f"{table}: embedding_dim must be a positive multiple of {WIDTH_STEP}, got "
-                f"{self.embedding_dim}; use {self.embedding_dim + -self.embedding_dim % WIDTH_STEP}"
             )
         self._check_features(table)
         for name, chosen, allowed in (

@@ -12,6 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from shardemb.allocator import keep_freed_memory
+from shardemb.cores import threads_per_rank, torchs_own_threads
 from shardemb.errors import RunError
 
 _SET_BY_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -84,6 +86,13 @@ def init_distributed(*, device: str | None = None, timeout_s: float = 1800.0) ->
     CPU tensors go through gloo; on CUDA, CUDA tensors go through NCCL. A process group that is
     there already is kept. Hides the notices by which torch deprecates what TorchRec calls.
 
+    On CPU it also changes two settings of the whole process, where the user has not chosen them:
+    glibc keeps freed memory instead of giving it back at every step (`MALLOC_MMAP_MAX_`,
+    `MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_`, `GLIBC_TUNABLES` and a preloaded allocator
+    are choices), and torch takes the cores of the node divided by its ranks as its number of
+    threads (`OMP_NUM_THREADS`, `MKL_NUM_THREADS` and an earlier `torch.set_num_threads` are
+    choices; the `OMP_NUM_THREADS=1` that torchrun sets by itself is none).
+
     Args:
         device: "cpu" or "cuda"; by default CUDA where there is a device, else the CPU.
         timeout_s: Seconds after which a collective that a rank does not join is an error.
@@ -114,6 +123,10 @@ def init_distributed(*, device: str | None = None, timeout_s: float = 1800.0) ->
         run_id=None if run_id == "none" else run_id,
     )
     hide_notices()
+    if env.device.type == "cpu":
+        keep_freed_memory(os.environ)
+        if torch.get_num_threads() in torchs_own_threads(os.environ):
+            torch.set_num_threads(threads_per_rank(env.local_world_size))
     if not dist.is_initialized():
         _start(env, timedelta(seconds=timeout_s), launched="RANK" in os.environ)
     elif (dist.get_rank(), dist.get_world_size()) != (env.rank, env.world_size):

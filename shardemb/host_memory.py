@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+from shardemb.control_groups import control_groups
+
+_LIMIT_FILE = {1: "memory.limit_in_bytes", 2: "memory.max"}  # by the version of control groups
 _UNLIMITED = 1 << 60
 """What the kernel says where there is no limit is a number above this."""
 
@@ -21,31 +24,9 @@ def host_memory_bytes(root: Path = Path("/")) -> int:
         True
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for folder, file in _groups(root):
-        for group in (folder, *folder.parents):
-            path = group / file
-            text = path.read_text().strip() if path.is_file() else "max"
-            if text.isdigit() and int(text) < _UNLIMITED:
-                limits.append(int(text))
-            if group.parent == root / "sys/fs":
-                break
+    for folder, version in control_groups("memory", root):
+        path = folder / _LIMIT_FILE[version]
+        text = path.read_text().strip() if path.is_file() else "max"
+        if text.isdigit() and int(text) < _UNLIMITED:
+            limits.append(int(text))
     return min(limits)
-
-
-def _groups(root: Path) -> list[tuple[Path, str]]:
-    """The control groups of this process, version 2 and 1, with the name of the limit's file.
-
-    A container that sees its own group as the root of all has none at the path that the kernel
-    names; its limit is found at the root.
-    """
-    listed = root / "proc/self/cgroup"
-    lines = listed.read_text().splitlines() if listed.is_file() else []
-    groups = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            groups.append((root / "sys/fs/cgroup" / path.lstrip("/"), "memory.max"))
-        elif "memory" in controllers.split(","):
-            folder = root / "sys/fs/cgroup/memory" / path.lstrip("/")
-            groups.append((folder, "memory.limit_in_bytes"))
-    return groups

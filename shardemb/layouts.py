@@ -168,7 +168,7 @@ def column_wise(ranks: Iterable[int] | None = None) -> ColumnWise:
 
     Args:
         ranks: The ranks, one for each slice; by default the planner picks them. The slices are
-            equal, and their width is a multiple of 4.
+            equal, and with FBGEMM's kernels a multiple of 4 wide.
 
     Returns:
         The layout.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from shardemb.updates.settings import (
     fault_of_settings,
     settings_of,
 )
-from shardemb.updates.shard_rows import NewRows
+from shardemb.updates.shard_rows import NewRows, ShardRows
 from shardemb.updates.trained import Backwards
 
 FUSED, DENSE = "fused", "dense"
@@ -119,7 +119,7 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
                 loss = closure()
         self.rows.settings.check()
         watched = self._max_norm is not None or bool(self._observers)
-        touched = self.rows.touched(fused=not watched)
+        touched = self.rows.touched(watched=watched)
         square = self._show(touched) if watched else self._number(0.0)
         scale = None
         if self._max_norm is not None:
@@ -138,8 +138,10 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
                 grad.mul_(scale.to(grad))  # type: ignore[union-attr]
             self.dense.step()
             self._check_dense()
-        self.rows.write(touched, new)
+        left = self.rows.write(touched, new, scale=1.0 if scale is None else float(scale))
         self._backwards.paths.clear()
+        if left is not None:
+            self._refuse_saving(*left)
         return loss
 
     @property
@@ -229,17 +231,22 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
 
     def _show(self, touched: Touched) -> torch.Tensor:
         """Shows a step to those who watch; the sum of squares of what counts on this rank."""
-        squares = [_square_of(gradients.grad_UD) for _, gradients in touched]
         dense = self._number(0.0)
         for grad in self._dense_grads().values():
             dense += _square_of(grad)
-        shown = StepGradients(
-            step=self.num_steps + 1, touched=touched, squares=squares, dense_square=dense
-        )
-        for observer in self._observers:
-            observer(shown)
-        total = self._number(0.0)
-        for (rows, _), square in zip(touched, squares, strict=True):
+        if self._observers:
+            every = self.rows.with_those_of_kernels(touched)
+            shown = StepGradients(
+                step=self.num_steps + 1,
+                touched=every,
+                squares=[_square_of(gradients.grad_UD) for _, gradients in every],
+                dense_square=dense,
+            )
+            for observer in self._observers:
+                observer(shown)
+        total = self._number(self.rows.squares_of_kernels())
+        for rows, gradients in touched:
+            square = _square_of(gradients.grad_UD)
             if not rows.replicated or dist.get_rank() == 0:
                 total += square
         return total + dense if dist.get_rank() == 0 else total
@@ -287,6 +294,13 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
             fault_of("the gradient of {}", self._dense_grads()),
         ]
         raise_first(faults, step=self.num_steps + 1, rest="nothing of this step was applied")
+
+    def _refuse_saving(self, rows: ShardRows, row: int) -> NoReturn:
+        raise RunError(
+            f"step {self.num_steps}: row {rows.first_row + row} of table {rows.table!r}, or its "
+            "state, was not finite or would not be; that row was left as it was, and all else of "
+            f"this step was applied; do not save the model; {WAY_OUT}"
+        )
 
     def _check_dense(self) -> None:
         """Refuses updated dense parameters that are not finite; they are the same on all ranks.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shardemb.cluster import Cluster
 from shardemb.files import write_whole
+from shardemb.kernel_choice import Kernel
 from shardemb.workload import Workload
 
 
@@ -80,11 +81,14 @@ class ShardingPlan:
     Attributes:
         cluster: The ranks that it is for.
         workload: The batches that it is for.
+        kernel: What looks up and updates the rows: "native", shardemb's own on the CPU, or
+            "fbgemm". Replicated tables have FBGEMM's dense kernel in either case.
         tables: One placement for each table.
     """
 
     cluster: Cluster
     workload: Workload
+    kernel: Kernel
     tables: tuple[TablePlacement, ...]
 
     @property

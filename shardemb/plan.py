@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import nn
@@ -12,6 +13,7 @@ from shardemb.cluster import Cluster, check_where, cluster_of
 from shardemb.constraints import Constraints
 from shardemb.env import Env
 from shardemb.errors import RunError
+from shardemb.kernel_choice import Kernel, KernelChoice, choose_kernel
 from shardemb.layouts import Layout
 from shardemb.modules.discovery import Collection, Table, find_collections
 from shardemb.placement import ShardingPlan, TablePlacement
@@ -25,6 +27,13 @@ from shardemb.plans.shards import shards_like
 from shardemb.workload import Workload
 
 
+class _Ranks(NamedTuple):
+    """What a plan is for, and what looks up its rows there."""
+
+    cluster: Cluster
+    kernel: Kernel
+
+
 def plan_sharding(
     model: nn.Module,
     where: Env | Cluster,
@@ -32,6 +41,7 @@ def plan_sharding(
     *,
     workload: Workload | None = None,
     constraints: Constraints | None = None,
+    kernel: KernelChoice = "auto",
 ) -> ShardingPlan:
     """Decides which rank holds which rows: named layouts as named, the rest by the planner.
 
@@ -46,6 +56,9 @@ def plan_sharding(
         layouts: A layout for some or all tables, by table name.
         workload: The batches to plan for; by default 512 samples a rank with one id a feature.
         constraints: What the plan must keep to beside; by default 15 % of memory stays free.
+        kernel: What looks up and updates the rows: "native", shardemb's own on CPU, which takes
+            tables of any width and bfloat16 rows, or "fbgemm". By default "native" on CPU where its
+            compiled code is there, on every rank of this run or else on this machine.
 
     Returns:
         The plan. The ranks of this run have agreed on it.
@@ -53,8 +66,9 @@ def plan_sharding(
     Raises:
         ValueError: `where` is neither, the model has no collection or one that is not supported, a
             table or feature name is unknown or not unique, a layout does not fit its table or the
-            ranks, the profile is of other data, constraints contradict each other or leave no
-            memory, or an argument is of another kind.
+            ranks, the kernel does not run there or does not take a table, the profile is of other
+            data, constraints contradict each other or leave no memory, or an argument is of another
+            kind.
         RunError: The tables do not fit in the ranks' memory, ranks of this run come to different
             plans, or another rank failed.
 
@@ -74,20 +88,19 @@ def plan_sharding(
         Workload() if workload is None else workload,
         Constraints() if constraints is None else constraints,
     )
-    if isinstance(where, Cluster):
-        return _plan(model, where, *wishes)
-    if not where.is_live:
-        return _plan(model, cluster_of(where), *wishes)
-    cluster = _agreed_cluster(where)
+    if isinstance(where, Cluster) or not where.is_live:
+        cluster = where if isinstance(where, Cluster) else cluster_of(where)
+        return _plan(model, _Ranks(cluster, choose_kernel(kernel, cluster.device)), *wishes)
+    ranks = _agreed_ranks(where, kernel)
     with all_or_none(where, "planning"):
-        plan = _plan(model, cluster, *wishes)
+        plan = _plan(model, ranks, *wishes)
     _check_agreed(plan, where)
     return plan
 
 
 def _plan(
     model: nn.Module,
-    cluster: Cluster,
+    ranks: _Ranks,
     named: Mapping[str, Layout],
     workload: Workload,
     constraints: Constraints,
@@ -98,9 +111,11 @@ def _plan(
         ValueError: Something is refused.
         RunError: The tables do not fit.
     """
+    cluster, kernel = ranks
     problem = Problem(
         collections=find_collections(model),
         cluster=cluster,
+        kernel=kernel,
         named=named,
         workload=workload,
         constraints=constraints,
@@ -113,6 +128,7 @@ def _plan(
     plan = ShardingPlan(
         cluster=cluster,
         workload=workload,
+        kernel=kernel,
         tables=tuple(
             _placement(found, table, chosen[name], cluster)
             for found in problem.collections.values()
@@ -135,19 +151,24 @@ def _placement(found: Collection, table: Table, choice: Choice, cluster: Cluster
     return replace(placement, shards=shards_like(placement, choice.layout, cluster))
 
 
-def _agreed_cluster(env: Env) -> Cluster:
-    """The cluster of this run, with the least memory that a rank has.
+def _agreed_ranks(env: Env, asked: KernelChoice) -> _Ranks:
+    """The ranks of this run, with the least memory that one has and a kernel that all have.
 
     Raises:
-        RunError: A rank cannot say what it has.
+        ValueError: A kernel is asked for that does not run here.
+        RunError: A rank cannot say what it has, or was refused.
     """
-    with all_or_none(env, "looking at the memory"):
-        mine = cluster_of(env)
+    with all_or_none(env, "looking at the memory and the kernels"):
+        cluster = cluster_of(env)
+        mine = _Ranks(cluster, choose_kernel(asked, cluster.device))
     of_ranks = [mine] * env.world_size
     if env.world_size > 1:
         dist.all_gather_object(of_ranks, mine)
-    least = min(cluster.memory_bytes for cluster in of_ranks)
-    return replace(of_ranks[0], memory_bytes=least)
+    least = min(ranks.cluster.memory_bytes for ranks in of_ranks)
+    kernel = mine.kernel
+    if asked == "auto" and any(ranks.kernel == "fbgemm" for ranks in of_ranks):
+        kernel = "fbgemm"
+    return _Ranks(replace(of_ranks[0].cluster, memory_bytes=least), kernel)
 
 
 def _check_agreed(plan: ShardingPlan, env: Env) -> None:
@@ -169,14 +190,15 @@ def _check_agreed(plan: ShardingPlan, env: Env) -> None:
     raise RunError(
         f"rank {other} planned otherwise than rank 0, "
         f"{_what_differs(of_ranks[0], of_ranks[other])}; declare the same tables in the same order "
-        "and give the same layouts, workload and constraints on every rank"
+        "and give the same layouts, workload, constraints and kernel on every rank"
     )
 
 
 def _said(plan: ShardingPlan) -> dict[str, str]:
-    """What a plan says of each table and of the workload, in few bytes; in the tables' order."""
+    """What a plan says of itself and of each table, in few bytes; in the tables' order."""
     workload, profile = plan.workload, plan.workload.profile
     said: dict[str, object] = {
+        "the kernel": plan.kernel,
         "batch_size of the workload": workload.batch_size,
         "ids_per_sample of the workload": sorted(workload.ids_per_sample.items()),
         "profile of the workload": profile and (profile.source, sorted(profile.features.items())),

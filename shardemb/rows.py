@@ -97,7 +97,7 @@ def set_rows(weight: torch.Tensor | ShardedTensor, origin: Origin, env: Env) -> 
         OSError: They are in a file that cannot be read.
         RunError: It is another than when the table was declared, or another rank failed.
     """
-    blocks = _blocks_of(weight)
+    blocks = blocks_of(weight)
     if origin.held is not None:
         _take_from_main(origin.held, blocks, env)
         return
@@ -119,8 +119,8 @@ def _fill(
         )
 
 
-def _blocks_of(weight: torch.Tensor | ShardedTensor) -> list[tuple[torch.Tensor, int, int]]:
-    """This rank's blocks of a table, each with its first row and column."""
+def blocks_of(weight: torch.Tensor | ShardedTensor) -> list[tuple[torch.Tensor, int, int]]:
+    """This rank's blocks of a sharded or replicated table, each with its first row and column."""
     if not isinstance(weight, ShardedTensor):
         return [(weight, 0, 0)]
     return [

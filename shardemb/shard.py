@@ -14,10 +14,12 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
 
 from shardemb.agree import all_or_none
+from shardemb.allocator import give_freed_memory_back
 from shardemb.data.batches import limits_of
 from shardemb.data.guarded_forward import GuardedForward
 from shardemb.env import Env
 from shardemb.errors import RunError
+from shardemb.huge_pages import advise_huge
 from shardemb.layouts import DataParallel
 from shardemb.modules.discovery import Collection, Table, find_collections, tables_of
 from shardemb.one_backward import refuse_second_backwards
@@ -28,11 +30,11 @@ from shardemb.planning.torchrec_plan import torchrec_plan
 from shardemb.plans.file import plan_to_file_text
 from shardemb.plans.fit import check_fits
 from shardemb.replicated_sequences import keep_replicated_sequences_apart
-from shardemb.rows import Origin, left_unfilled, origin_of, set_rows
+from shardemb.rows import Origin, blocks_of, left_unfilled, origin_of, set_rows
 from shardemb.uneven_batches import allow_uneven_batches
 from shardemb.updates.install import Trained, is_fused
 from shardemb.updates.replicated import watch_lookups
-from shardemb.updates.sharded import PooledRowSharder, SequenceRowSharder
+from shardemb.updates.sharded import PooledRowSharder, SequenceRowSharder, row_kernels
 from shardemb.updates.slices import groups_of_slices
 from shardemb.updates.trained import Backwards, TrainedModel, TrainedTable, note_trained
 
@@ -73,7 +75,8 @@ def shard_modules(
     """
     collections, origins = _checked(model, plan, env)
     layout_of = {table.table: table.layout for table in plan.tables}
-    trained = _trained(collections, plan, env.device)
+    native = plan.kernel == "native"
+    trained = _trained(collections, plan, env.device, native=native)
     _attach_fused_optimizers(collections, trained)
     with left_unfilled(collections.values()):
         sharded = DistributedModelParallel(
@@ -85,7 +88,10 @@ def shard_modules(
                 local_world_size=env.local_world_size,
                 device_type=env.device.type,
             ),
-            sharders=[PooledRowSharder(trained), SequenceRowSharder(trained)],
+            sharders=[
+                PooledRowSharder(trained, native=native),
+                SequenceRowSharder(trained, native=native),
+            ],
         )
     tables: dict[str, TrainedTable] = {}
     backwards = Backwards()
@@ -108,6 +114,7 @@ def shard_modules(
             is_weighted=collection.is_weighted,
             check_ids=check_ids,
             padding_of=collection.padding_of,
+            keeps_int32=native and env.world_size == 1,
         )
         module.register_forward_pre_hook(guard, with_kwargs=True)
         outputs = outputs_of(collection, layout_of)
@@ -122,6 +129,9 @@ def shard_modules(
     note_trained(sharded, TrainedModel(tables=tables, backwards=backwards))
     if env.world_size > 1:
         refuse_second_backwards(sharded)
+    kept = [rows.state for kernel in row_kernels(sharded) for rows in kernel.trained]
+    advise_huge(*(tensor for state in kept for tensor in state.values()))
+    give_freed_memory_back()  # of what the rows were made from
     return sharded
 
 
@@ -151,6 +161,7 @@ def _fill(
     state = module.state_dict()
     within = "embedding_bags" if collection.is_pooled else "embeddings"
     keys = {name: f"{within}.{name}.weight" for name in collection.tables}
+    advise_huge(*(block for key in keys.values() for block, _, _ in blocks_of(state[key])))
     for name, key in keys.items():
         set_rows(state[key], origins[name], env)
     return keys
@@ -169,7 +180,6 @@ def _checked(
         collections = find_collections(model)
         check_fits(plan, collections, env, "the plan")
         tables = tables_of(collections)
-        _check_dtypes(tables, env)
         origins = {name: origin_of(table) for name, table in tables.items()}
         said = [plan_to_file_text(plan), repr(origins), *map(_declared, tables.values())]
     digests = [""] * env.world_size
@@ -183,27 +193,13 @@ def _checked(
     return collections, origins
 
 
-def _check_dtypes(tables: Mapping[str, Table], env: Env) -> None:
-    """Refuses rows of a dtype that FBGEMM cannot look up on this device.
-
-    Raises:
-        ValueError: There are such.
-    """
-    for table in tables.values():
-        if table.dtype == "bfloat16" and env.device.type == "cpu":
-            raise ValueError(
-                f"table {table.name!r}: bfloat16 rows cannot be looked up on cpu, FBGEMM has no "
-                "kernel for it; use dtype='float16' or 'float32', or run on cuda"
-            )
-
-
 def _declared(table: Table) -> str:
     """What ranks must agree on of a table, beside what the plan says."""
     return repr((table.name, table.padding_idx, table.training if table.trainable else None))
 
 
 def _trained(
-    collections: dict[str, Collection], plan: ShardingPlan, device: torch.device
+    collections: dict[str, Collection], plan: ShardingPlan, device: torch.device, *, native: bool
 ) -> dict[str, Trained]:
     """The tables that are to be updated, and by whom. On all ranks together."""
     tables = tables_of(collections)
@@ -218,7 +214,8 @@ def _trained(
     return {
         name: Trained(
             training=tables[name].training,
-            fused=is_fused(tables[name].training, dtype=tables[name].dtype, slices=bool(of)),
+            fused=not native
+            and is_fused(tables[name].training, dtype=tables[name].dtype, slices=bool(of)),
             slices={first_row: groups[tuple(sorted(ranks))] for first_row, ranks in of.items()},
         )
         for name, of in slices.items()

@@ -2,17 +2,21 @@
 
 from typing import Any
 
+import pytest
 import torchrec
 
 import shardemb as se
 from shardemb import layouts, optim
 from shardemb.cluster import Cluster
 from shardemb.data.profile import DataProfile, FeatureProfile
+from shardemb.kernel_choice import KernelChoice
 from shardemb.layouts import Layout
+from shardemb.native.library import missing
 from shardemb.placement import ShardingPlan, TablePlacement
 from shardemb.plans.shards import shards_of
 from shardemb.workload import Workload
 
+NEEDS_NATIVE = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 ENV = se.Env(world_size=4, num_nodes=2)
 TWO_NODES = Cluster(
     name="two nodes of two",
@@ -85,7 +89,7 @@ def hot_profile(num_embeddings: int = 1003) -> FeatureProfile:
     )
 
 
-def every_layout(*, profile: bool = False) -> ShardingPlan:
+def every_layout(*, profile: bool = False, kernel: KernelChoice = "auto") -> ShardingPlan:
     workload = Workload(
         batch_size=128,
         ids_per_sample={"clicked": 2.5},
@@ -93,7 +97,7 @@ def every_layout(*, profile: bool = False) -> ShardingPlan:
         if profile
         else None,
     )
-    return se.plan_sharding(model(), ENV, LAYOUTS, workload=workload)
+    return se.plan_sharding(model(), ENV, LAYOUTS, workload=workload, kernel=kernel)
 
 
 def many_tables(num_tables: int, *, num_nodes: int, ranks_per_node: int = 8) -> ShardingPlan:
@@ -132,4 +136,6 @@ def many_tables(num_tables: int, *, num_nodes: int, ranks_per_node: int = 8) -> 
         )
         for number in range(num_tables)
     ]
-    return ShardingPlan(cluster=cluster, workload=Workload(batch_size=64), tables=tuple(placed))
+    return ShardingPlan(
+        cluster=cluster, workload=Workload(batch_size=64), kernel="fbgemm", tables=tuple(placed)
+    )

@@ -21,6 +21,7 @@ class Reference:
         optimizers: What updates them; a test of schedules changes the entries.
         state: Their state tensors by name, [R, D] each; one value for each row fills its row.
         touched: The rows [R] that were looked up since the last step.
+        moved: The rows [R] that were ever updated, be it to what they were in 16 bits.
         num_updates: Steps so far.
     """
 
@@ -37,6 +38,7 @@ class Reference:
         self.touched = {
             name: torch.zeros(len(weight), dtype=torch.bool) for name, weight in weights.items()
         }
+        self.moved = {name: torch.zeros_like(rows_R) for name, rows_R in self.touched.items()}
         self.num_updates = 0
 
     def names(self) -> list[tuple[TableConfig, str, str]]:
@@ -123,6 +125,7 @@ class Reference:
         if table.dtype != "float32":
             new_weight = new_weight.to(getattr(torch, table.dtype)).double()
         weight[moves_R] = new_weight[moves_R]
+        self.moved[table.name] |= moves_R
         for name, values in state.items():
             values[moves_R] = new_state[name][moves_R]
 

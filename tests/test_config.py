@@ -3,9 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
 
 from shardemb import EmbeddingBagCollection, EmbeddingCollection, TableConfig
 from shardemb.config import check_tables
+from shardemb.init import Normal
 
 GOOD: dict[str, Any] = {
     "name": "user",
@@ -23,7 +25,7 @@ GOOD: dict[str, Any] = {
         ({"num_embeddings": 0}, "table 'user': num_embeddings must be a positive integer, got 0"),
         ({"num_embeddings": 1.5}, "num_embeddings must be a positive integer, got 1.5"),
         ({"num_embeddings": 2**31}, "num_embeddings must be at most 2147483647, got 2147483648"),
-        ({"embedding_dim": 30}, "embedding_dim must be a positive multiple of 4, got 30; use 32"),
+        ({"embedding_dim": 0}, "embedding_dim must be a positive integer, got 0"),
         ({"embedding_dim": -4}, "embedding_dim must be a positive integer, got -4"),
         ({"feature_names": "user_id"}, r"got the string 'user_id'; use \('user_id',\)"),
         ({"feature_names": ()}, "feature_names must hold at least one name"),
@@ -78,6 +80,20 @@ def test_tables_of_one_name_are_refused() -> None:
         check_tables((TableConfig(**GOOD), TableConfig(**GOOD)))
     with pytest.raises(ValueError, match="at least one table, got none"):
         check_tables(())
+
+
+@pytest.mark.parametrize("make", [EmbeddingBagCollection, EmbeddingCollection])
+def test_whole_tables_have_the_dtype_that_is_declared_and_its_initial_values(make: Any) -> None:
+    drawn = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        table = TableConfig(**GOOD | {"dtype": dtype, "init": Normal(std=100.0)})
+        (weight,) = make([table], device="cpu").parameters()
+        assert weight.dtype == getattr(torch, dtype)
+        drawn[dtype] = weight.detach()
+        (on_meta,) = make([table]).parameters()
+        assert on_meta.dtype == weight.dtype
+    for dtype, rows in drawn.items():
+        assert torch.equal(rows, drawn["float32"].to(getattr(torch, dtype)))
 
 
 @pytest.mark.parametrize("make", [EmbeddingBagCollection, EmbeddingCollection])

@@ -292,4 +292,6 @@ def test_contradictions_are_refused_by_name(
     ]
     model = se.EmbeddingBagCollection(tables)
     with pytest.raises(ValueError, match=text):
-        se.plan_sharding(model, TWO_NODES, named, constraints=se.Constraints(**fields))
+        se.plan_sharding(
+            model, TWO_NODES, named, constraints=se.Constraints(**fields), kernel="fbgemm"
+        )

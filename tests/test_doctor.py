@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from shardemb import doctor
+from shardemb.cores import threads_per_rank
 from shardemb.doctor import Finding, Probe, Torch
-from shardemb.doctor.machine import ALLOCATOR
 from shardemb.doctor.versions import NEEDS, PYTHON, TORCH, install_command
+from shardemb.huge_pages import huge_page_bytes
+from shardemb.native.library import library
 
 ROOT = Path(__file__).parents[1]
 OTHERS = {
@@ -256,34 +258,92 @@ def test_a_library_that_is_installed_and_does_not_load_is_a_problem() -> None:
     assert fbgemm.remedy == "pip install --force-reinstall --no-deps fbgemm-gpu-cpu==1.8.0"
 
 
-def test_gpus_are_listed_with_their_memory_and_more_threads_than_cores_noted() -> None:
-    torch = Torch(cuda="13.0", simd="AVX512", num_threads=10_000)
+def test_gpus_are_listed_with_their_memory() -> None:
+    torch = Torch(cuda="13.0", simd="AVX512")
     probes = {
         "cuda": Probe(answer='[["H200", 150000000000], ["H200", 150000000000]]'),
         "gloo": Probe(answer="works"),
         "nccl": Probe(error="fails: ncclSystemError"),
     }
     cpu, first, second, gloo, nccl = doctor.check_devices(torch, probes)
-    assert (cpu.state, cpu.remedy) == ("note", f"export OMP_NUM_THREADS={doctor.usable_cores()}")
+    assert (cpu.state, cpu.text.rpartition(", ")[2]) == ("ok", "AVX512")
     assert (first.subject, second.subject) == ("cuda:0", "cuda:1")
     assert first.text == "H200, 140 GiB"
     assert (gloo.state, nccl.state) == ("ok", "problem")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
-def test_allocator_settings_that_are_missing_are_noted_with_what_to_type() -> None:
-    found = doctor.check_allocator({"MALLOC_MMAP_MAX_": "0"})
-    assert (found.state, found.remedy) == ("note", "export MALLOC_TRIM_THRESHOLD_=1099511627776")
-    assert doctor.check_allocator(ALLOCATOR).state == "ok"
-    assert doctor.check_allocator({"LD_PRELOAD": "/usr/lib/libjemalloc.so.2"}).text == "jemalloc"
+def test_whether_freed_memory_is_kept_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
+    found = doctor.check_allocator(doctor.probe("_use_allocator", timeout_s=60))
+    assert found.state == "ok"
+    assert found.text == f"glibc {platform.libc_ver()[1]}, keeps freed memory"
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "9")
+    found = doctor.check_allocator(doctor.probe("_use_allocator", timeout_s=60))
+    assert (found.state, found.remedy[:22]) == ("note", "unset MALLOC_MMAP_MAX_")
+    assert ", gives freed memory back, as MALLOC_MMAP_MAX_ is set: large" in found.text
+    for name, value in {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}.items():
+        monkeypatch.setenv(name, value)
+    found = doctor.check_allocator(doctor.probe("_use_allocator", timeout_s=60))
+    assert found.state == "ok"
+    assert found.text.endswith("as MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_ are set")
 
 
-def test_huge_pages_that_are_off_are_noted() -> None:
-    assert doctor.check_huge_pages("always madvise [never]").state == "note"
-    assert doctor.check_huge_pages("always [madvise] never") == Finding(
-        "huge pages", "ok", "madvise"
+def test_huge_pages_that_are_off_or_not_to_be_had_are_noted() -> None:
+    none, some = Probe(answer="0"), Probe(answer=str(2 << 20))
+    off = doctor.check_huge_pages("always madvise [never]", none)
+    assert (off.state, off.remedy[:12]) == ("note", "echo madvise")
+    assert doctor.check_huge_pages("always [madvise] never", some) == Finding(
+        "huge pages", "ok", "madvise, tables lie on them"
     )
-    assert doctor.check_huge_pages("").state == "ok"
+    scattered = doctor.check_huge_pages("[always] madvise never", none)
+    assert (scattered.state, scattered.text[:30]) == ("note", "always, but there was none to ")
+    assert doctor.check_huge_pages("", none).state == "ok"
+
+
+@pytest.mark.skipif(huge_page_bytes() == 0, reason="no transparent huge pages")
+def test_huge_pages_are_tried() -> None:
+    assert int(doctor.probe("_use_huge_pages", timeout_s=60).answer) >= huge_page_bytes()
+
+
+def test_threads_that_wait_for_each_other_on_too_few_cores_are_noted() -> None:
+    free = doctor.check_threads({}, 8)
+    assert free.state == "ok"
+    assert free.text.startswith(f"{threads_per_rank(1)} for 1 rank, {threads_per_rank(2)} each for")
+    states = {
+        given: doctor.check_threads({"OMP_NUM_THREADS": given}, 8).state
+        for given in ("1", "4", "5", "100")
+    }
+    assert states == {"1": "ok", "4": "ok", "5": "note", "100": "note"}
+    patient = {"OMP_NUM_THREADS": "5", "OMP_WAIT_POLICY": "passive"}
+    assert doctor.check_threads(patient, 8).state == "ok"
+
+
+def test_kernels_that_are_missing_are_noted_with_what_to_type() -> None:
+    compiled = doctor.check_native(Probe(answer='{"level": 3}'))
+    assert (compiled.state, compiled.text) == ("ok", "compiled, for AVX2")
+    none = doctor.check_native(Probe(answer='{"missing": "no kernels; have a compiler"}'))
+    assert (none.state, none.text) == ("note", "none: no kernels")
+    assert none.remedy.startswith("python setup.py build_ext --inplace  # with gcc")
+    crashed = doctor.check_native(Probe(error="crashes with SIGILL"))
+    assert (crashed.state, crashed.text) == ("note", "none: crashes with SIGILL")
+
+
+def test_the_kernels_that_are_found_are_those_that_load() -> None:
+    tried = doctor.probe("_use_native", timeout_s=120)
+    found = doctor.check_native(tried)
+    assert (found.state == "ok") == (library() is not None), found
+    assert tried.error == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_whether_ranks_can_share_memory_is_tried() -> None:
+    assert doctor.probe("_use_shared_memory", timeout_s=60) == Probe(answer="works")
+    refused = Probe(error="fails: PermissionError: '/proc/7/fd/3'")
+    assert doctor.check_exchange(Probe(answer="works")).state == "ok"
+    assert doctor.check_exchange(refused).remedy.startswith("sudo mount -o remount,hidepid=0 /proc")
+    assert doctor.check_exchange(Probe(error="fails: OSError")).remedy.startswith("docker run")
 
 
 def test_a_torchrun_of_another_environment_is_noted() -> None:
@@ -320,5 +380,6 @@ def test_the_doctor_imports_only_the_standard_library_until_it_tries_a_library()
         else:
             continue
         for name in names:
-            ours = name == "shardemb.text" or name.startswith("shardemb.doctor")
+            plain = {f"shardemb.{name}" for name in ("text", "allocator", "cores", "huge_pages")}
+            ours = name in plain or name.startswith("shardemb.doctor")
             assert ours or name.partition(".")[0] in sys.stdlib_module_names

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from shardemb.agree import all_or_none, by_main
+from shardemb.cores import threads_per_rank, usable_cores
 from shardemb.env import Env, init_distributed
 from shardemb.errors import OtherRankError, RunError
 from tests.spmd import spmd
@@ -62,6 +63,24 @@ def test_a_group_that_is_there_is_kept_and_must_be_the_launcher_s(env: Env) -> N
         patch.setenv("RANK", str(1 - env.rank))
         with pytest.raises(RunError, match="a process group is there already, of rank"):
             init_distributed(device="cpu")
+
+
+@spmd(world_size=2)
+def test_ranks_share_the_cores_unless_the_user_chose(env: Env) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            patch.delenv(name, raising=False)
+        torch.set_num_threads(usable_cores())  # as torch starts
+        init_distributed(device="cpu")
+        assert torch.get_num_threads() == threads_per_rank(env.local_world_size)
+        assert torch.get_num_threads() * 2 <= max(2, usable_cores())
+        torch.set_num_threads(usable_cores() + 5)
+        init_distributed(device="cpu")
+        assert torch.get_num_threads() == usable_cores() + 5
+        patch.setenv("OMP_NUM_THREADS", str(usable_cores()))
+        torch.set_num_threads(usable_cores())
+        init_distributed(device="cpu")
+        assert torch.get_num_threads() == usable_cores()
 
 
 @spmd(world_size=3)

@@ -253,7 +253,7 @@ def test_what_a_layout_cannot_compute_is_refused_with_what_can() -> None:
     ]
     for model, table, layout, text in refused:
         with pytest.raises(ValueError, match=f"^table '{table}': .*{text}"):
-            se.plan_sharding(model, env, {table: layout})
+            se.plan_sharding(model, env, {table: layout}, kernel="fbgemm")
     where = {name: layouts.column_wise(ranks=[0, 1]) for name in ("user", "item")}
     with pytest.raises(ValueError, match="have slices of 8 and 4 columns, and TorchRec needs one"):
         se.plan_sharding(sequences, env, where | {"wide": layouts.column_wise(ranks=[0, 1, 2, 3])})

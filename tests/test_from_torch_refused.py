@@ -83,7 +83,10 @@ MODULES: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: nn.Embedding(9, 8, max_norm=1.5), "max_norm=1.5 is not supported"),
     (lambda: nn.EmbeddingBag(9, 8, max_norm=2.0), "max_norm=2.0 is not supported"),
     (lambda: nn.Embedding(9, 8, scale_grad_by_freq=True), "scale_grad_by_freq=True is not supp"),
-    (lambda: nn.Embedding(9, 30), "embedding_dim must be a positive multiple of 4, got 30; use 32"),
+    (
+        lambda: nn.Embedding(9, 0),
+        "embedding_dim must be a positive integer, got 0; give its rows",
+    ),
     (lambda: nn.Embedding(9, 8, device="meta"), "its weight is on meta, and has no rows to carry"),
     (lambda: nn.Embedding(9, 8).double(), "its weight is torch.float64, the kernels have float32"),
     (lambda: Scaled(9, 8), r"Scaled may compute something else than nn\.EmbeddingBag; use that"),

@@ -16,7 +16,6 @@ import shardemb as se
 from shardemb import layouts, optim
 from shardemb.env import Env
 from shardemb.optim import SparseOptimizer
-from shardemb.updates.sharded import row_kernels
 from tests.reference import Reference
 from tests.spmd import spmd
 from tests.test_every_layout import every_layout, sequence_layouts
@@ -225,10 +224,15 @@ def test_counting_begins_where_it_is_begun_and_takes_the_update_from_fbgemm(env:
     where = {"a": layouts.table_wise(rank=0)}
     sharded = se.shard_modules(model, se.plan_sharding(model, env, where), env)
     optimizer = se.build_optimizer(sharded)
-    (kernel,) = row_kernels(sharded)
-    of_fbgemm: list[None] = []
-    step_fused = kernel.step_fused
-    kernel.step_fused = lambda: of_fbgemm.append(step_fused())  # type: ignore[method-assign]
+    left = optimizer.rows.left_to_kernels
+    of_fbgemm: list[int] = []
+    write = optimizer.rows.write
+
+    def counted(*args: Any, **options: Any) -> None:
+        of_fbgemm.append(len(left()))
+        write(*args, **options)
+
+    optimizer.rows.write = counted  # type: ignore[method-assign]
 
     def step(ids: list[int]) -> None:
         optimizer.zero_grad()
@@ -236,16 +240,16 @@ def test_counting_begins_where_it_is_begun_and_takes_the_update_from_fbgemm(env:
         optimizer.step()
 
     step([0, 1, 2])
-    assert len(of_fbgemm) == 1
+    assert of_fbgemm == [1]
     assert optimizer.grad_norm is None
     health = se.TrainingHealth(optimizer)
     report = health.report()
     assert (report.step, report.since_step, report.grad_norm) == (1, 1, 0.0)
     step([2, 3, 3])
-    assert len(of_fbgemm) == 1
+    assert of_fbgemm == [1, 0]
     report = health.report()
-    (counted,) = report.tables
-    assert (counted.num_ids, counted.num_rows, counted.num_never_touched) == (3, 2, ROWS - 2)
+    (of_table,) = report.tables
+    assert (of_table.num_ids, of_table.num_rows, of_table.num_never_touched) == (3, 2, ROWS - 2)
     assert report.grad_norm == pytest.approx(WIDTH**0.5 * 5**0.5)
     assert str(report) == (
         "step 2: gradient norm 8.94, of dense parameters 0; rows never touched since step 1\n"

@@ -9,7 +9,7 @@ INITS: list[Init] = [Uniform(low=-0.5, high=0.25), Normal(std=0.1), Constant(val
 
 
 @pytest.mark.parametrize("init", INITS, ids=lambda init: type(init).__name__)
-@pytest.mark.parametrize("embedding_dim", [4, 8, 12, 100])
+@pytest.mark.parametrize("embedding_dim", [1, 3, 4, 6, 8, 12, 100])
 def test_any_block_of_rows_equals_the_same_rows_of_the_whole(
     init: Init, embedding_dim: int
 ) -> None:

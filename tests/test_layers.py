@@ -30,7 +30,11 @@ LAYERS = (
             "pretrained",
             "init",
             "machines",
+            "control_groups",
             "host_memory",
+            "cores",
+            "allocator",
+            "huge_pages",
             "native",
             "native.library",
             "native.kernels",
@@ -40,6 +44,7 @@ LAYERS = (
         "doctor.diagnosis",
         "doctor.finding",
         "doctor.machine",
+        "doctor.memory",
         "doctor.probes",
         "doctor.versions",
     },
@@ -90,6 +95,9 @@ LAYERS = (
         "updates.slices",
         "updates.faults",
         "updates.kernel",
+        "updates.fbgemm_kernel",
+        "updates.native_kernel",
+        "updates.native_lookups",
         "updates.install",
         "updates.sharded",
         "updates.settings",
@@ -100,9 +108,11 @@ LAYERS = (
     {
         "workload",
         "cluster",
+        "kernel_choice",
         "layouts",
         "planning",
         "planning.geometry",
+        "planning.kernel_rules",
         "planning.layout_rules",
         "constraints",
         "planning.contradictions",
@@ -221,4 +231,4 @@ def test_only_env_reads_the_environment() -> None:
         for path in (ROOT / "shardemb").rglob("*.py")
         if "os.environ" in path.read_text() or "getenv" in path.read_text()
     ]
-    assert set(readers) <= {"env", "doctor.diagnosis"}
+    assert set(readers) <= {"env", "doctor.diagnosis", "doctor.probes"}

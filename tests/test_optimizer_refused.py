@@ -12,7 +12,7 @@ import shardemb as se
 from shardemb import layouts, optim
 from shardemb.env import Env
 from shardemb.errors import RunError
-from tests.both import OPTIMIZERS, Both, Model, batch_of, make_tables, where
+from tests.both import Both, Model, batch_of, make_tables, where
 from tests.spmd import spmd
 
 
@@ -219,11 +219,3 @@ def test_a_dense_optimizer_of_tables_is_refused(env: Env) -> None:
     sharded = se.shard_modules(model, se.plan_sharding(model, env, where(env)), env)
     with pytest.raises(ValueError, match="parameters, not only of the 2 dense ones it was given"):
         se.build_optimizer(sharded, dense=lambda _: torch.optim.SGD(sharded.parameters(), lr=0.1))
-
-
-@spmd(world_size=1)
-def test_bfloat16_rows_are_refused_by_name_on_cpu(env: Env) -> None:
-    model = nn.Sequential(se.EmbeddingBagCollection(make_tables(dtype="bfloat16")))
-    plan = se.plan_sharding(model, env, dict.fromkeys(OPTIMIZERS, layouts.table_wise(rank=0)))
-    with pytest.raises(ValueError, match="table 'fused': bfloat16 rows cannot be looked up on cpu"):
-        se.shard_modules(model, plan, env)

@@ -278,9 +278,11 @@ def test_a_pipeline_trains_on_padded_bags_as_torch_does(env: Env) -> None:
         dense.step()
 
 
-def guarded(padding_of: Mapping[str, int]) -> GuardedForward:
+def guarded(padding_of: Mapping[str, int], **options: bool) -> GuardedForward:
     limits = [FeatureLimit(feature=name, table=name, num_embeddings=9) for name in ("a", "b")]
-    return GuardedForward(limits, is_weighted=False, check_ids=True, padding_of=padding_of)
+    return GuardedForward(
+        limits, is_weighted=False, check_ids=True, padding_of=padding_of, **options
+    )
 
 
 def two_features(ids: list[int]) -> KeyedJaggedTensor:
@@ -305,6 +307,27 @@ def test_ids_are_checked_before_padding_is_left_out_and_checked_batches_known_ag
     assert out.values().tolist() == [9, 0, 5]
     ((out,), _) = guarded({})(nn.Identity(), (batch,), {})
     assert out is batch
+
+
+def test_ids_of_32_bits_stay_so_where_they_may_and_else_become_64() -> None:
+    wide = two_features([0, 4, 2, 0, 5])
+    narrow = KeyedJaggedTensor(keys=["a", "b"], values=wide.values().int(), lengths=wide.lengths())
+    ((out,), _) = guarded({})(nn.Identity(), (narrow,), {})
+    assert out.values().dtype == torch.int64
+    assert out.values().tolist() == wide.values().tolist()
+    keeping = guarded({}, keeps_int32=True)
+    for batch in (narrow, wide):
+        ((out,), _) = keeping(nn.Identity(), (batch,), {})
+        assert out is batch
+    short = KeyedJaggedTensor(
+        keys=["a", "b"], values=narrow.values(), lengths=narrow.lengths().int()
+    )
+    ((out,), _) = keeping(nn.Identity(), (short,), {})
+    assert out.values() is narrow.values()
+    assert out.lengths().dtype == torch.int64
+    ((out,), _) = guarded({"a": 0}, keeps_int32=True)(nn.Identity(), (narrow,), {})
+    assert out.values().dtype == torch.int32
+    assert (out.values().tolist(), out.lengths().tolist()) == ([4, 2, 0, 5], [1, 1, 0, 2])
 
 
 def test_a_batch_without_padding_is_handed_on_as_it_is() -> None:

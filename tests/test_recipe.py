@@ -284,7 +284,11 @@ def test_bad_data_is_refused_and_leaves_the_folder_free(log: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--embedding-dim", "30"], "embedding_dim must be a positive multiple of 4, got 30; use"),
+        (
+            ["--kernel", "fbgemm", "--embedding-dim", "30"],
+            "a positive multiple of 4 for FBGEMM",
+        ),
+        (["--config", "{tmp}/kernel.toml"], "kernel must be 'auto', 'native' or 'fbgemm', got 'x'"),
         (["--config", "{tmp}/a.toml"], "a.toml: unknown key 'stpes'; known are batch_size"),
         (["--config", "{tmp}/none.toml"], "none.toml"),
         (["--config", "{tmp}/kind.toml"], "kind.toml: steps must be int, got 'ten'"),
@@ -297,6 +301,7 @@ def test_a_bad_config_is_refused_by_name(
 ) -> None:
     (tmp_path / "a.toml").write_text("stpes = 10\n")
     (tmp_path / "kind.toml").write_text("steps = 'ten'\n")
+    (tmp_path / "kernel.toml").write_text("kernel = 'x'\n")
     (tmp_path / "list.toml").write_text("row_wise = 'C3'\n")
     given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     assert cli.main(["plan", *given]) == 1

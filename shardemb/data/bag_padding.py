@@ -45,7 +45,7 @@ def leave_padding_out(batch: KeyedJaggedTensor, padding_of: Mapping[str, int]) -
     """Removes ids that name the padding row of their feature, with their weights.
 
     Args:
-        batch: Ids and lengths int64, the same number of samples for each feature.
+        batch: Ids int32 or int64, lengths int64, the same number of samples for each feature.
         padding_of: The padding row of each feature that has one.
 
     Returns:
@@ -61,7 +61,8 @@ def leave_padding_out(batch: KeyedJaggedTensor, padding_of: Mapping[str, int]) -
     """
     ids_N, lengths, weights_N = batch.values(), batch.lengths(), batch.weights_or_none()
     keys = list(batch.keys())
-    padding_F = ids_N.new_tensor([padding_of.get(key, _NO_PADDING) for key in keys])
+    rows = [padding_of.get(key, _NO_PADDING) for key in keys]
+    padding_F = torch.tensor(rows, device=ids_N.device)
     counts_F = lengths.view(len(keys), batch.stride()).sum(1)
     kept_N = ids_N != padding_F.repeat_interleave(counts_F, output_size=len(ids_N))
     if kept_N.all():

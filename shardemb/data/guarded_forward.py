@@ -52,6 +52,8 @@ class GuardedForward:
         is_weighted: Whether the collection weighs its ids.
         check_ids: Whether to check every batch that was not checked already.
         padding_of: The row of each feature that its bags leave out, if there is one.
+        keeps_int32: Whether ids of 32 bits stay so, where no other rank's may have 64 and the
+            kernel takes them; if not, all become int64.
     """
 
     def __init__(
@@ -61,12 +63,13 @@ class GuardedForward:
         is_weighted: bool,
         check_ids: bool,
         padding_of: Mapping[str, int],
+        keeps_int32: bool = False,
     ) -> None:
         self.guard = IdGuard(limits, is_weighted=is_weighted)
         self.checked: list[CheckedBatch] = []
         """Batches that need no further check."""
         self._check_ids, self._padding_of = check_ids, padding_of
-        self._keys = self.guard.feature_names
+        self._keys, self._keeps_int32 = self.guard.feature_names, keeps_int32
 
     def __call__(
         self,
@@ -106,10 +109,11 @@ class GuardedForward:
         keys = list(batch.keys())
         if keys != self._keys:
             batch = batch.permute([keys.index(key) for key in self._keys])
-        if (batch.values().dtype, batch.lengths().dtype) != (torch.int64, torch.int64):
+        ids_N = batch.values() if self._keeps_int32 else batch.values().long()
+        if ids_N is not batch.values() or batch.lengths().dtype != torch.int64:
             batch = KeyedJaggedTensor(
                 keys=self._keys,
-                values=batch.values().long(),
+                values=ids_N,
                 lengths=batch.lengths().long(),
                 weights=batch.weights_or_none(),
             )

@@ -1,22 +1,19 @@
-"""Cores, GPUs, memory, and what the system is set to. Changes none of it."""
+"""Cores, GPUs, kernels and the launcher. Changes none of it."""
 
 import json
 import os
-import platform
-import re
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from shardemb.cores import threads_per_rank, usable_cores
 from shardemb.doctor.finding import Finding
 from shardemb.doctor.probes import Probe, Torch
 from shardemb.doctor.versions import TORCH, install_command
 from shardemb.text import format_bytes
 
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+_LEVELS = {4: "AVX-512", 3: "AVX2", 1: "any machine of this kind"}
 
 
 def check_devices(torch: Torch | None, probes: Mapping[str, Probe]) -> list[Finding]:
@@ -25,11 +22,7 @@ def check_devices(torch: Torch | None, probes: Mapping[str, Probe]) -> list[Find
     text = f"{cores} of {os.cpu_count()} cores may be used"
     if torch is None:
         return [Finding("cpu", "ok", text)]
-    text += f", {torch.simd}, {torch.num_threads} threads in torch"
-    if torch.num_threads > cores:
-        findings = [Finding("cpu", "note", text, f"export OMP_NUM_THREADS={cores}")]
-    else:
-        findings = [Finding("cpu", "ok", text)]
+    findings = [Finding("cpu", "ok", f"{text}, {torch.simd}")]
     findings += _check_gpus(torch, probes.get("cuda", Probe()))
     backends = {
         "gloo": "export GLOO_SOCKET_IFNAME=lo  # or what leads to the other nodes: ip -br addr",
@@ -61,60 +54,32 @@ def _check_gpus(torch: Torch, tried: Probe) -> list[Finding]:
     ]
 
 
-def usable_cores() -> int:
-    """The cores that this process may use: by affinity, and by the quota of its container."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    limit = Path("/sys/fs/cgroup/cpu.max")
-    quota, period = limit.read_text().split() if limit.exists() else ("max", "1")
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+def check_threads(environ: Mapping[str, str], cores: int) -> Finding:
+    """How many threads each rank of a node runs."""
+    given = environ.get("OMP_NUM_THREADS", "")
+    if not given.isdigit():
+        alone, paired = (threads_per_rank(num_ranks) for num_ranks in (1, 2))
+        text = f"{alone} for 1 rank, {paired} each for 2, and so on: the cores by the ranks"
+        return Finding("threads", "ok", text)
+    text = f"OMP_NUM_THREADS={given} for each rank, however many there are"
+    if int(given) * 2 <= cores or int(given) == 1 or "OMP_WAIT_POLICY" in environ:
+        return Finding("threads", "ok", text)
+    text += f": 2 ranks share {cores} cores, and their threads wait by spinning"
+    # both are read when OpenMP is loaded: a running process cannot set them
+    remedy = "unset OMP_NUM_THREADS, or export OMP_WAIT_POLICY=passive"
+    return Finding("threads", "note", text, remedy)
 
 
-def check_memory() -> list[Finding]:
-    """Memory, and how much of it processes can share."""
-    info, shared = Path("/proc/meminfo"), Path("/dev/shm")
-    if not info.exists() or not shared.is_dir():
-        return []
-    num_kib = {key: int(n) for key, n in re.findall(r"(\w+):\s+(\d+)", info.read_text())}
-    free, total = (format_bytes(num_kib[key] * 1024) for key in ("MemAvailable", "MemTotal"))
-    text = f"{free} free of {total}"
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (allowed := limit.read_text().strip()) != "max":
-        text += f", of which this container may use {format_bytes(int(allowed))}"
-    memory = Finding("memory", "ok", text)
-    num_bytes = shutil.disk_usage(shared).total
-    text = f"{format_bytes(num_bytes)} in {shared}"
-    if num_bytes >= 1 << 30:
-        return [memory, Finding("shared memory", "ok", text)]
-    text += ": ranks and loader workers exchange batches there"
-    return [memory, Finding("shared memory", "note", text, "docker run --shm-size=8g ...")]
-
-
-def check_allocator(environ: Mapping[str, str]) -> Finding:
-    """Whether freed memory stays with the process, which makes large steps 2-3 times as fast."""
-    if preloaded := re.search("jemalloc|tcmalloc|mimalloc", environ.get("LD_PRELOAD", "")):
-        return Finding("malloc", "ok", preloaded[0])
-    if platform.libc_ver()[0] != "glibc":
-        return Finding("malloc", "ok", "not glibc's")
-    missing = [name for name in ALLOCATOR if name not in environ]
-    if not missing:
-        text = ", ".join(f"{name}={environ[name]}" for name in ALLOCATOR)
-        return Finding("malloc", "ok", text)
-    text = (
-        f"{' and '.join(missing)} not set: large steps are slower (torchx shardemb.train sets them)"
-    )
-    remedy = "export " + " ".join(f"{name}={ALLOCATOR[name]}" for name in missing)
-    return Finding("malloc", "note", text, remedy)
-
-
-def check_huge_pages(modes: str) -> Finding:
-    """Transparent huge pages, from the kernel's list of modes such as `always [madvise] never`."""
-    chosen = re.search(r"\[(\w+)\]", modes)
-    if chosen is None:
-        return Finding("huge pages", "ok", "no setting for them on this system")
-    if chosen[1] != "never":
-        return Finding("huge pages", "ok", chosen[1])
-    text = "never: lookups in large tables are slower"
-    return Finding("huge pages", "note", text, f"echo madvise | sudo tee {HUGE_PAGES}")
+def check_native(tried: Probe) -> Finding:
+    """Whether there are compiled kernels for this machine."""
+    answer = json.loads(tried.answer or "{}")
+    if level := answer.get("level"):
+        return Finding("kernels", "ok", f"compiled, for {_LEVELS[level]}")
+    build = "pip install --force-reinstall --no-deps shardemb"
+    if (Path(__file__).parents[2] / "setup.py").exists():
+        build = "python setup.py build_ext --inplace"
+    why = answer.get("missing", tried.error).partition(";")[0]
+    return Finding("kernels", "note", f"none: {why}", f"{build}  # with gcc or another C compiler")
 
 
 def check_launcher(torchrun: str | None) -> Finding:

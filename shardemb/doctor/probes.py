@@ -1,7 +1,11 @@
 """Libraries tried in processes of their own: none can end, or hold up, the one that asks."""
 
+import ctypes
 import json
+import mmap
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -10,8 +14,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from shardemb.allocator import allocator_name, keep_freed_memory
 from shardemb.doctor.finding import Finding
 from shardemb.doctor.versions import TORCH, fbgemm_distribution, install_command
+from shardemb.huge_pages import huge_mapping, huge_page_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +34,6 @@ class Torch:
 
     cuda: str
     simd: str
-    num_threads: int
 
 
 def probe(function: str, *, timeout_s: float) -> Probe:
@@ -100,7 +105,7 @@ def _use_torch() -> None:
 
     cuda = torch.version.cuda or torch.version.hip or ""
     simd = torch.backends.cpu.get_cpu_capability()
-    print(json.dumps({"cuda": cuda, "simd": simd, "num_threads": torch.get_num_threads()}))
+    print(json.dumps({"cuda": cuda, "simd": simd}))
 
 
 def _use_cuda() -> None:
@@ -128,6 +133,53 @@ def _use_torchrec() -> None:
 
     ids, lengths = torch.tensor([1, 2]), torch.tensor([1, 1])
     torchrec.KeyedJaggedTensor.from_lengths_sync(["f"], ids, lengths).to_dict()
+
+
+def _use_native() -> None:
+    from shardemb.native.library import library, missing
+
+    found = library()
+    if found is None:
+        print(json.dumps({"missing": missing()}))
+        return
+    (level,) = re.findall(r"_level(\d)", Path(found._name).name)
+    print(json.dumps({"level": int(level)}))
+
+
+def _use_allocator() -> None:
+    left_alone = keep_freed_memory(os.environ)
+    process = ctypes.CDLL(None)
+    process.malloc.restype = ctypes.c_void_p
+    process.free.argtypes = [ctypes.c_void_p]
+    num_bytes = 64 << 20
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = process.malloc(ctypes.c_size_t(num_bytes))
+        ctypes.memset(block, 1, num_bytes)
+        process.free(block)
+    num_faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    keeps = num_faults < num_bytes // mmap.PAGESIZE // 10
+    print(json.dumps([allocator_name(), keeps, left_alone]))
+
+
+def _use_huge_pages() -> None:
+    size = huge_page_bytes()
+    memory = huge_mapping(4 * size)
+    memory.write(b"1" * len(memory))
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    print(sum(int(kib) << 10 for kib in re.findall(r"AnonHugePages:\s+(\d+)", rollup)))
+
+
+def _use_shared_memory() -> None:
+    file = os.memfd_create("shardemb")
+    os.ftruncate(file, mmap.PAGESIZE)
+    write = f"open('/proc/{os.getpid()}/fd/{file}', 'r+b').write(b'works')"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", write], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(done.stderr)
+    print(os.pread(file, 5, 0).decode())
 
 
 def _use_gloo() -> None:

@@ -10,8 +10,6 @@ from torchrec.modules.embedding_modules import (
     EmbeddingCollectionInterface,
 )
 
-from shardemb.config import WIDTH_STEP
-
 _COLLECTIONS = (EmbeddingBagCollectionInterface, EmbeddingCollectionInterface)
 _QUANTIZED = "torch.ao.nn.quantized"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -87,12 +85,8 @@ def _why_not_weight(module: nn.Module) -> str | None:
             f"its weight is {weight.dtype}, the kernels have float32, float16 and bfloat16; use "
             "one of them"
         )
-    width = weight.shape[1]
-    if width == 0 or width % WIDTH_STEP:
-        return (
-            f"embedding_dim must be a positive multiple of {WIDTH_STEP}, got {width}; use "
-            f"{width + -width % WIDTH_STEP or WIDTH_STEP}"
-        )
+    if weight.shape[1] == 0:
+        return "embedding_dim must be a positive integer, got 0; give its rows columns"
     if hasattr(weight, "_in_backward_optimizers"):
         return "its weight has an optimizer in the backward pass; give that to from_torch instead"
     hooks = (weight._backward_hooks, getattr(weight, "_post_accumulate_grad_hooks", None))

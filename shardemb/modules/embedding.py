@@ -7,7 +7,7 @@ import torchrec
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from shardemb.config import TableConfig, check_tables
-from shardemb.modules.tables import attach_training, shared_fields
+from shardemb.modules.tables import attach_training, keep_bfloat16, shared_fields
 
 
 def EmbeddingCollection(  # noqa: N802 - it stands where TorchRec's class stands
@@ -55,5 +55,6 @@ def EmbeddingCollection(  # noqa: N802 - it stands where TorchRec's class stands
         device=torch.device(device),
     )
     for table in tables:
+        keep_bfloat16(collection.embeddings[table.name], table, seed)
         attach_training(collection.embeddings[table.name], table)
     return collection

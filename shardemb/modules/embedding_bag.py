@@ -8,7 +8,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
 from shardemb.config import TableConfig, check_tables
 from shardemb.data.bag_padding import padding_of_features
-from shardemb.modules.tables import attach_training, shared_fields
+from shardemb.modules.tables import attach_training, keep_bfloat16, shared_fields
 
 _POOLING = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
 
@@ -66,5 +66,6 @@ def EmbeddingBagCollection(  # noqa: N802 - it stands where TorchRec's class sta
         device=torch.device(device),
     )
     for table in tables:
+        keep_bfloat16(collection.embedding_bags[table.name], table, seed)
         attach_training(collection.embedding_bags[table.name], table)
     return collection

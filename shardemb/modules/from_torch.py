@@ -62,8 +62,8 @@ def from_torch(
     Raises:
         ValueError: It is no module, there is nothing to convert, a path is unknown, or a module
             cannot be sharded with the same result: other modes, `max_norm`, `scale_grad_by_freq`,
-            tied weights, subclasses, widths that are no multiples of 4. The model is then as it
-            was.
+            tied weights, subclasses. The model is then as it was. Widths that are no multiples
+            of 4 are refused by `plan_sharding` where FBGEMM's kernels serve.
 
     Example:
         >>> from shardemb import optim

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from torchrec.modules.embedding_configs import DataType
 
@@ -36,10 +37,28 @@ def shared_fields(table: TableConfig, seed: int) -> dict[str, Any]:
         "embedding_dim": table.embedding_dim,
         "feature_names": list(table.feature_names),
         "data_type": _DATA_TYPE[table.dtype],
-        "init_fn": InitialValues(
-            table.name, table.initial_values, seed, padding_idx=table.padding_idx
-        ),
+        "init_fn": _initial_values(table, seed),
     }
+
+
+def _initial_values(table: TableConfig, seed: int) -> InitialValues:
+    return InitialValues(table.name, table.initial_values, seed, padding_idx=table.padding_idx)
+
+
+def keep_bfloat16(module: nn.EmbeddingBag | nn.Embedding, table: TableConfig, seed: int) -> None:
+    """Gives a table of an unsharded collection its dtype; TorchRec makes all 16-bit rows float16.
+
+    Args:
+        module: Of the table.
+        table: Names the dtype.
+        seed: Of its initial values.
+    """
+    if table.dtype != "bfloat16":
+        return
+    module.to(torch.bfloat16)
+    weight = module.get_parameter("weight")
+    if not weight.is_meta:
+        _initial_values(table, seed)(weight)
 
 
 def attach_training(module: nn.EmbeddingBag | nn.Embedding, table: TableConfig) -> None:

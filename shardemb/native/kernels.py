@@ -291,7 +291,7 @@ class Merged:
         )
         return list(squares)
 
-    def update(self, trainings: Sequence[Training], *, dry: bool = False) -> list[int]:
+    def update(self, trainings: "ctypes.Array[Training]", *, dry: bool = False) -> list[int]:
         """Updates the rows.
 
         Args:
@@ -307,7 +307,7 @@ class Merged:
             self._c.se_update(
                 self._sorted,
                 self._blocks._array,
-                (Training * len(trainings))(*trainings),
+                trainings,
                 int(dry),
                 bad_rows,
                 torch.get_num_threads(),

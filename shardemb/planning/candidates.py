@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from shardemb.cluster import Cluster
-from shardemb.config import WIDTH_STEP
+from shardemb.kernel_choice import WIDTH_STEP, Kernel
 from shardemb.layouts import (
     ColumnWise,
     DataParallel,
@@ -73,24 +73,30 @@ class Candidate:
         return self.layouts[0].torchrec_name
 
 
-def slice_counts(width: int, most: int) -> list[int]:
-    """Numbers of slices into which columns may be split, each as wide as a kernel reads at a time.
+def slice_counts(width: int, most: int, kernel: Kernel) -> list[int]:
+    """Numbers of slices into which columns may be split, each as wide as FBGEMM reads at a time.
 
     Args:
         width: Number of columns.
         most: The most slices.
+        kernel: What takes the slices; widths that FBGEMM takes come first with any.
 
     Returns:
         Numbers from 2; if there is none of that width, the smallest number of narrower slices, and
         if there is none either, 1.
 
     Example:
-        >>> slice_counts(128, 8), slice_counts(48, 8), slice_counts(4, 8)
-        ([2, 4], [2], [1])
+        >>> slice_counts(128, 8, "fbgemm"), slice_counts(48, 8, "fbgemm")
+        ([2, 4], [2])
+        >>> slice_counts(6, 8, "fbgemm"), slice_counts(6, 8, "native")
+        ([1], [2])
     """
-    counts = [n for n in range(2, most + 1) if width % (WIDTH_STEP * n) == 0]
-    wide = [n for n in counts if width // n >= _NARROWEST_SLICE]
-    return wide or counts[:1] or [1]
+    for step in (WIDTH_STEP["fbgemm"], WIDTH_STEP[kernel]):
+        counts = [n for n in range(2, most + 1) if width % (step * n) == 0]
+        wide = [n for n in counts if width // n >= _NARROWEST_SLICE]
+        if counts:
+            return wide or counts[:1]
+    return [1]
 
 
 def candidates_of(

@@ -1,6 +1,5 @@
 """Which layouts a table may have: those that are computed rightly, and no others."""
 
-from shardemb.config import WIDTH_STEP
 from shardemb.layouts import (
     LAYOUTS,
     ColumnWise,
@@ -18,7 +17,7 @@ from shardemb.planning.geometry import a_rank_stays_empty, num_row_blocks, place
 
 
 def why_not(table: Table, layout: Layout, *, world_size: int, local_world_size: int) -> str | None:
-    """What speaks against a layout of a table, and what to use instead.
+    """What speaks against a layout of a table, whatever the kernel, and what to use instead.
 
     Args:
         table: The table.
@@ -33,7 +32,6 @@ def why_not(table: Table, layout: Layout, *, world_size: int, local_world_size: 
         _why_not_there(layout, world_size, local_world_size)
         or _why_not_of_kind(table, layout)
         or _why_not_rows(table, layout, world_size, local_world_size)
-        or _why_not_columns(table, layout)
     )
 
 
@@ -82,20 +80,6 @@ def _why_not_rows(
         return (
             f"{layout.torchrec_name} over {over} ranks leaves a rank without rows, the table has "
             f"{num_rows}; use table_wise()"
-        )
-    return None
-
-
-def _why_not_columns(table: Table, layout: Layout) -> str | None:
-    if not isinstance(layout, (ColumnWise, TableColumnWise, GridShard)):
-        return None
-    slices = places_of(layout)
-    width = table.config.embedding_dim
-    if slices is not None and width % (WIDTH_STEP * len(slices)):
-        return (
-            f"{layout} splits {width} columns into {len(slices)} slices, and each must have a "
-            f"multiple of {WIDTH_STEP}; use fewer slices, or embedding_dim="
-            f"{-(-width // (WIDTH_STEP * len(slices))) * WIDTH_STEP * len(slices)}"
         )
     return None
 

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from shardemb.config import WIDTH_STEP
 from shardemb.constraints import Constraints
+from shardemb.kernel_choice import WIDTH_STEP
 from shardemb.layouts import LAYOUTS, ColumnWise, DataParallel, GridShard, Layout, TableColumnWise
 from shardemb.modules.discovery import Collection, Table
 from shardemb.planning.candidates import (
@@ -131,8 +131,9 @@ def _num_slices(
         given = [places_of(other) for other in named if other.splits_columns]
         if table.name in group and any(given):
             counts = [len(places) for places in given if places]
-            return [count for count in counts if width % (WIDTH_STEP * count) == 0]
-    return slice_counts(width, most)
+            step = WIDTH_STEP[problem.kernel]
+            return [count for count in counts if width % (step * count) == 0]
+    return slice_counts(width, most, problem.kernel)
 
 
 def _layouts_of(problem: Problem, table: Table) -> list[Layout]:
@@ -183,7 +184,7 @@ def _slices_of_sequences(problem: Problem, collection: Collection) -> int:
     layout = TableColumnWise() if on_a_node else ColumnWise()
     most = min(_most_slices(problem, layout, name) for name in collection.tables)
     width = next(iter(collection.tables.values())).config.embedding_dim
-    return slice_counts(width, most)[-1]
+    return slice_counts(width, most, problem.kernel)[-1]
 
 
 def _pinned_slices(problem: Problem, collection: Collection) -> str | None:

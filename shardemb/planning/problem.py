@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 
 from shardemb.cluster import Cluster
 from shardemb.constraints import Constraints
+from shardemb.kernel_choice import Kernel
 from shardemb.layouts import Layout
 from shardemb.modules.discovery import Collection, Table, tables_of
 from shardemb.planning.contradictions import check_constraints
+from shardemb.planning.kernel_rules import why_not_by_kernel, why_not_sliced
 from shardemb.planning.layout_rules import why_not
 from shardemb.text import some_names
 from shardemb.workload import Workload
@@ -20,6 +22,7 @@ class Problem:
     Attributes:
         collections: By path.
         cluster: The ranks.
+        kernel: What looks up and updates the rows.
         named: Layouts that are named, by table.
         workload: The batches.
         constraints: What the plan must keep to.
@@ -27,6 +30,7 @@ class Problem:
 
     collections: Mapping[str, Collection]
     cluster: Cluster
+    kernel: Kernel
     named: Mapping[str, Layout] = field(default_factory=dict)
     workload: Workload = field(default_factory=Workload)
     constraints: Constraints = field(default_factory=Constraints)
@@ -57,12 +61,14 @@ def check_problem(problem: Problem) -> None:
         problem: What is to be planned.
 
     Raises:
-        ValueError: A wish is of another kind, a table or feature is unknown, a layout does not fit
-            its table or the ranks, the profile does not fit the tables, constraints leave no memory
-            for them, or contradict layouts or each other.
+        ValueError: A wish is of another kind, the kernel does not take a table, a table or feature
+            is unknown, a layout does not fit its table, the kernel or the ranks, the profile does
+            not fit the tables, constraints leave no memory for them, or contradict layouts or each
+            other.
     """
     _check_kinds(problem)
     _check_memory(problem)
+    _check_kernel(problem)
     _check_named(problem)
     _check_workload(problem)
     check_constraints(problem.constraints, problem.tables, problem.named, **problem.sizes)
@@ -106,8 +112,20 @@ def _check_memory(problem: Problem) -> None:
         )
 
 
+def _check_kernel(problem: Problem) -> None:
+    """Refuses tables that the kernel does not take.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for name, table in problem.tables.items():
+        reason = why_not_by_kernel(table, problem.kernel, problem.cluster.device)
+        if reason:
+            raise ValueError(f"table {name!r}: {reason}")
+
+
 def _check_named(problem: Problem) -> None:
-    """Refuses layouts of no table, and those that do not fit their table or the ranks.
+    """Refuses layouts of no table, and those that do not fit their table, the kernel or the ranks.
 
     Raises:
         ValueError: There is one.
@@ -123,7 +141,9 @@ def _check_named(problem: Problem) -> None:
                 f"table {name!r}: the layout must come from shardemb.layouts, such as row_wise(), "
                 f"got {layout!r}"
             )
-        reason = why_not(tables[name], layout, **problem.sizes)
+        reason = why_not(tables[name], layout, **problem.sizes) or why_not_sliced(
+            tables[name], layout, problem.kernel
+        )
         if reason:
             raise ValueError(f"table {name!r}: {reason}")
 

@@ -24,8 +24,9 @@ def diff_plans(before: ShardingPlan, after: ShardingPlan) -> str:
         after: Another.
 
     Returns:
-        Tables of what differs in the cluster, the workload and the tables, then of the totals of
-        ranks, the amounts of a step and the imbalance, before and after; "" if the plans are equal.
+        Tables of what differs in the cluster, the kernel, the workload and the tables, then of the
+        totals of ranks, the amounts of a step and the imbalance, before and after; "" if the plans
+        are equal.
 
     Raises:
         ValueError: The profile of a workload has ids that a table does not have.
@@ -62,11 +63,13 @@ def _row(table: str, what: str, before: object, after: object) -> tuple[str, str
 
 
 def _frame(before: ShardingPlan, after: ShardingPlan) -> Iterator[tuple[str, str, str, str]]:
-    """What differs in the cluster and in the workload."""
+    """What differs in the cluster, the kernel and the workload."""
     for name, old in vars(before.cluster).items():
         new = getattr(after.cluster, name)
         if old != new:
             yield _row("(cluster)", name, old, new)
+    if before.kernel != after.kernel:
+        yield _row("(plan)", "kernel", before.kernel, after.kernel)
     if before.workload.batch_size != after.workload.batch_size:
         sizes = before.workload.batch_size, after.workload.batch_size
         yield _row("(workload)", "batch_size", *sizes)

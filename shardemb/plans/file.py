@@ -10,11 +10,12 @@ from shardemb.cluster import Cluster
 from shardemb.config import BYTES_OF, MAX_NUM_EMBEDDINGS
 from shardemb.data.profile import DataProfile
 from shardemb.files import write_whole
+from shardemb.kernel_choice import Kernel
 from shardemb.layouts import LAYOUTS, Layout
 from shardemb.placement import Shard, ShardingPlan, TablePlacement
 from shardemb.plans.costs import costs_to_json
 from shardemb.plans.shards import OPTIMIZERS, layout_of, shards_like
-from shardemb.typed_json import make_typed, parse_json
+from shardemb.typed_json import make_typed, parse_json, typed_value
 from shardemb.workload import Workload
 
 _FORMAT = 1
@@ -23,6 +24,8 @@ _FOLLOWS = {"world_size", "num_nodes", "bytes_per_rank", "costs", "imbalance"}
 """What `plan_to_json` adds and `read_plan` passes over."""
 _OLD_KEY = "accumulator_per_slice"
 """Older plans have it for row-wise Adagrad under a split of the columns."""
+_OLD_KERNEL = "fbgemm"
+"""That of plans that name none, as older ones."""
 _SHARD_FIELDS = tuple(field.name for field in fields(Shard))
 _TABLE_FIELDS = tuple(
     field.name for field in fields(TablePlacement) if field.name not in {"layout", "shards"}
@@ -136,6 +139,7 @@ def _decided(plan: ShardingPlan, tables: list[_Line]) -> dict[str, Any]:
         _NAME: _FORMAT,
         "cluster": asdict(plan.cluster),
         "workload": workload,
+        "kernel": plan.kernel,
         "tables": tables,
     }
     if profile is not None:
@@ -146,20 +150,21 @@ def _decided(plan: ShardingPlan, tables: list[_Line]) -> dict[str, Any]:
 
 def _plan_of(values: dict[str, Any]) -> ShardingPlan:
     wanted = {"cluster", "workload", "tables"}
-    for name in (*wanted - values.keys(), *values.keys() - wanted - {"profile"}):
+    for name in (*wanted - values.keys(), *values.keys() - wanted - {"kernel", "profile"}):
         raise ValueError(f"it {'lacks the' if name in wanted else 'has an unknown'} key {name!r}")
     cluster = make_typed(Cluster, values["cluster"], "cluster")
     profile = values.get("profile")
     if profile is not None:
         profile = make_typed(DataProfile, profile, "profile")
     workload = make_typed(Workload, values["workload"], "workload", profile=profile)
+    kernel = typed_value(Kernel, values.get("kernel", _OLD_KERNEL), "kernel")
     if not isinstance(values["tables"], list):
         raise ValueError("tables must be a list")
     tables = tuple(_table_of(table, cluster) for table in values["tables"])
     names = [table.table for table in tables]
     if len(set(names)) < len(names):
         raise ValueError(f"table {max(names, key=names.count)!r} is there twice")
-    return ShardingPlan(cluster=cluster, workload=workload, tables=tables)
+    return ShardingPlan(cluster=cluster, workload=workload, kernel=kernel, tables=tables)
 
 
 def _table_to_json(table: TablePlacement, cluster: Cluster, *, with_shards: bool) -> dict[str, Any]:

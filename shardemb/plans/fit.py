@@ -11,8 +11,10 @@ from shardemb.agree import all_or_none
 from shardemb.cluster import Cluster, check_where, cluster_of
 from shardemb.constraints import DEFAULT_HEADROOM
 from shardemb.env import Env
+from shardemb.kernel_choice import Kernel, why_not_native
 from shardemb.modules.discovery import Collection, Table, find_collections
 from shardemb.placement import ShardingPlan, TablePlacement
+from shardemb.planning.kernel_rules import why_not_by_kernel, why_not_sliced
 from shardemb.planning.layout_rules import check_slices, why_not
 from shardemb.plans.file import read_plan
 from shardemb.plans.shards import layout_of
@@ -38,8 +40,8 @@ def load_plan(path: str | Path, model: nn.Module, where: Env | Cluster) -> Shard
         FileNotFoundError: There is no such file.
         ValueError: `where` is neither, the file is damaged or of another format, or the plan no
             longer fits: tables were added, removed, renamed or changed, the ranks are others or
-            have too little memory, or a table may not have its layout. The message lists what
-            changed.
+            have too little memory or cannot run the plan's kernel, or a table may not have its
+            layout. The message lists what changed.
         OtherRankError: Another rank of this run refused it.
 
     Example:
@@ -105,14 +107,16 @@ def _changes_since(
         for collection in collections.values()
         for name, table in collection.tables.items()
     }
+    device = where.device.type if isinstance(where, Env) else where.device
     changes = [
         *_changes_of_ranks(plan, where),
+        *_changes_of_kernel(plan.kernel, device, is_here=isinstance(where, Env)),
         *_changes_of_names(plan, {name: declared_of(*each) for name, each in found.items()}),
         *(
             change
             for placed in plan.tables
             if placed.table in found
-            for change in _changes_of_table(placed, *found[placed.table], plan.cluster)
+            for change in _changes_of_table(placed, *found[placed.table], plan, device)
         ),
     ]
     return changes or _mixed_slices(plan)
@@ -144,6 +148,14 @@ def _changes_of_ranks(plan: ShardingPlan, where: Env | Cluster) -> list[str]:
     ]
 
 
+def _changes_of_kernel(kernel: Kernel, device: str, *, is_here: bool) -> list[str]:
+    """The native kernel on CUDA, or where it was not compiled; of a cluster that is not known."""
+    reason = why_not_native(device) if kernel == "native" else None
+    if reason is None or (device == "cpu" and not is_here):
+        return []
+    return [f"its kernel is 'native': {reason}; or plan with kernel='auto' or 'fbgemm'"]
+
+
 def _changes_of_names(plan: ShardingPlan, declared: dict[str, dict[str, Any]]) -> list[str]:
     """Tables that came, went, or have the same fields under another name."""
     gone = {table.table: _planned(table) for table in plan.tables if table.table not in declared}
@@ -162,7 +174,7 @@ def _changes_of_names(plan: ShardingPlan, declared: dict[str, dict[str, Any]]) -
 
 
 def _changes_of_table(
-    placed: TablePlacement, collection: Collection, table: Table, cluster: Cluster
+    placed: TablePlacement, collection: Collection, table: Table, plan: ShardingPlan, device: str
 ) -> list[str]:
     declared, planned = declared_of(collection, table), _planned(placed)
     changes = [
@@ -173,17 +185,22 @@ def _changes_of_table(
     ]
     if changes:
         return changes
+    cluster = plan.cluster
     layout = layout_of(placed, cluster)
     if layout is None:
         return [
             f"table {placed.table!r}: its shards are those of no layout; make the plan with "
             "plan_sharding"
         ]
-    reason = why_not(
-        table,
-        layout,
-        world_size=cluster.world_size,
-        local_world_size=cluster.ranks_per_node,
+    reason = (
+        why_not_by_kernel(table, plan.kernel, device)
+        or why_not(
+            table,
+            layout,
+            world_size=cluster.world_size,
+            local_world_size=cluster.ranks_per_node,
+        )
+        or why_not_sliced(table, layout, plan.kernel)
     )
     return [f"table {placed.table!r}: {reason}"] if reason else []
 

@@ -5,6 +5,7 @@
 import numpy as np
 
 from shardemb.cluster import Cluster
+from shardemb.layouts import DataParallel
 from shardemb.placement import ShardingPlan
 from shardemb.plans.cells import (
     Cells,
@@ -57,7 +58,7 @@ def describe_plan(plan: ShardingPlan) -> str:
         plan: The plan.
 
     Returns:
-        A line or two.
+        Lines.
     """
     profile, ids_per_sample = plan.workload.profile, plan.workload.ids_per_sample
     assumed = "" if ids_per_sample else ", 1 id a sample of each feature"
@@ -78,7 +79,17 @@ def describe_plan(plan: ShardingPlan) -> str:
     count = f"{len(plan.tables):,} table{'s' * (len(plan.tables) != 1)}"
     lines.append(", ".join([count, *shared]) + "; memory is weights and optimizer state")
     lines[-1] += "; activations, sent and lookups are of one step"
+    lines.append(_describe_kernel(plan))
     return "\n".join(lines)
+
+
+def _describe_kernel(plan: ShardingPlan) -> str:
+    """What looks up and updates the rows, and what those of replicated tables."""
+    whose = {"native": "shardemb's own", "fbgemm": "FBGEMM's"}[plan.kernel]
+    name = DataParallel.torchrec_name
+    replicated = sum(table.layout == name for table in plan.tables)
+    dense = f"; {replicated:,} {name} table{'s' * (replicated > 1)} by FBGEMM's dense one"
+    return f"kernel {plan.kernel}, {whose}{dense if replicated else ''}"
 
 
 def explain_choices(plan: ShardingPlan) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -26,6 +26,7 @@ _MAY_DIFFER = {
     "health_every",
     "max_malformed",
     "plan",
+    "kernel",
 }
 """Fields that may change when a run goes on."""
 
@@ -142,11 +143,16 @@ def config_from_toml(cls: type[C], path: Path) -> C:
 
 
 def _of_kind(value: Any, kind: Any, name: str) -> Any:
-    """A TOML value as its field has it: str, bool, int, float, or a tuple of str.
+    """A TOML value as its field has it: str, bool, int, float, one of some, or a tuple of str.
 
     Raises:
         ValueError: It is of another kind.
     """
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            *others, last = map(repr, get_args(kind))
+            raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
+        return value
     kinds = [one for one in get_args(kind) or (kind,) if one not in {type(None), Ellipsis}]
     if get_origin(kind) is tuple:
         if isinstance(value, list) and all(type(item) is kinds[0] for item in value):

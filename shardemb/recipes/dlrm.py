@@ -27,6 +27,7 @@ from shardemb.data.generated import GeneratedLog, read_generated, write_click_lo
 from shardemb.data.profile import DataProfile
 from shardemb.env import Env
 from shardemb.errors import RunError
+from shardemb.kernel_choice import KernelChoice
 from shardemb.layouts import Layout
 from shardemb.metrics import click_metrics
 from shardemb.models.dlrm import DLRM, ClickModel
@@ -74,6 +75,9 @@ class Config:
     row_wise: tuple[str, ...] = ("C3", "C12", "C16", "C21")
     """Tables sharded by rows over all ranks, as Criteo's largest four would be; the others lie
     whole on one rank."""
+    kernel: KernelChoice = "auto"
+    """What looks up and updates the rows: native, shardemb's own on CPU, or fbgemm; auto is native
+    where it runs."""
     sparse_lr: float = 0.02
     """Learning rate of the rows (row-wise Adagrad)."""
     dense_lr: float = 1e-3
@@ -293,10 +297,22 @@ def micro_batch_size_of(batch_size: int, num_micro_batches: int, world_size: int
 def build_plan(
     config: Config, model: nn.Module, where: Env | Cluster, workload: Workload
 ) -> ShardingPlan:
-    """The plan of the file that the config names, if it fits, or a new one."""
-    if config.plan is not None:
-        return se.load_plan(config.plan, model, where)
-    return se.plan_sharding(model, where, build_layouts(config), workload=workload)
+    """The plan of the file that the config names, if it fits, or a new one.
+
+    Raises:
+        ValueError: The file is for another kernel than the config.
+    """
+    if config.plan is None:
+        return se.plan_sharding(
+            model, where, build_layouts(config), workload=workload, kernel=config.kernel
+        )
+    plan = se.load_plan(config.plan, model, where)
+    if config.kernel not in {"auto", plan.kernel}:
+        raise ValueError(
+            f"--kernel is {config.kernel!r}, and the plan in {config.plan} is for kernel "
+            f"{plan.kernel!r}; leave out one of them"
+        )
+    return plan
 
 
 def without_plan_of_others(config: Config, env: Env) -> Config:

@@ -107,6 +107,11 @@ def update_rows(
     return (yield from _OF_WHOLE_ROWS[kind](rows))
 
 
+def needs_whole_rows(kind: type[SparseOptimizer], settings: Mapping[str, Any]) -> bool:
+    """Whether `update_rows` asks for sums over all columns."""
+    return settings["max_gradient"] is not None or kind in _OF_WHOLE_ROWS
+
+
 def finish(sums: RowSums, total: Callable[[Tensor], Tensor] = lambda sums_UK: sums_UK) -> Tensor:
     """Runs an update of one slice to its end.
 

@@ -1,21 +1,22 @@
-"""Puts our kernels around FBGEMM's, in those of TorchRec."""
+"""Puts our kernels into those of TorchRec: around FBGEMM's, or in their place."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torchrec.distributed.batched_embedding_kernel import (
     BatchedFusedEmbeddingBag,
     EmbeddingFusedOptimizer,
 )
-from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
+from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 
 from shardemb.modules.training import RowTraining
+from shardemb.updates.fbgemm_kernel import FbgemmKernel
 from shardemb.updates.kernel import RowKernel, Shard
 from shardemb.updates.lookups import features_of, pooling_of
+from shardemb.updates.native_kernel import NativeKernel
 from shardemb.updates.rounding import key_of
 from shardemb.updates.shard_rows import ShardRows, state_of
 
@@ -58,29 +59,59 @@ def is_fused(training: RowTraining, *, dtype: str, slices: bool) -> bool:
     )
 
 
-def install(kernel: nn.Module, trained: Mapping[str, Trained]) -> RowKernel:
+def install_fbgemm(kernel: Any, trained: Mapping[str, Trained]) -> RowKernel:
     """Puts our kernel around FBGEMM's in one of TorchRec's."""
-    config: GroupedEmbeddingConfig = kernel.config
-    tables = config.embedding_tables
-    fbgemm: Any = kernel.emb_module
+    fbgemm = kernel.emb_module
+    tables = kernel.config.embedding_tables
     fused = any(table.name in trained and trained[table.name].fused for table in tables)
-    states = fbgemm.get_optimizer_state() if fused else []
+    states = [
+        dict(zip([_FIRST_STATE], state.values(), strict=True))
+        for state in (fbgemm.get_optimizer_state() if fused else [])
+    ]
+    weights = fbgemm.split_embedding_weights()
+    shards = _shards(tables, trained, weights, states)
+    return _put(kernel, FbgemmKernel(fbgemm, shards, pooling=_pooling(kernel), fused=fused))
+
+
+def install_native(kernel: Any, rows: Any, trained: Mapping[str, Trained]) -> RowKernel:
+    """Puts our own kernel into one of TorchRec's that has none yet.
+
+    Args:
+        kernel: TorchRec's.
+        rows: What holds its rows, as TorchRec asks FBGEMM's module for them.
+        trained: By the names of tables; the others are frozen.
+    """
+    shards = _shards(kernel.config.embedding_tables, trained, rows.split_embedding_weights(), [])
+    return _put(kernel, NativeKernel(rows, shards, pooling=_pooling(kernel)))
+
+
+def _put(kernel: Any, mine: RowKernel) -> RowKernel:
+    kernel._emb_module = mine
+    kernel._optim = EmbeddingFusedOptimizer(kernel.config, mine, kernel._pg)
+    return mine
+
+
+def _pooling(kernel: Any) -> str | None:
+    return pooling_of(kernel) if isinstance(kernel, BatchedFusedEmbeddingBag) else None
+
+
+def _shards(
+    tables: Sequence[ShardedEmbeddingTable],
+    trained: Mapping[str, Trained],
+    weights: Sequence[torch.Tensor],
+    states: Sequence[Mapping[str, torch.Tensor]],
+) -> list[Shard]:
+    """The blocks of a kernel; those that are updated have states of their own if none are given."""
     shards = []
     for number, (table, features, weight_RD) in enumerate(
-        zip(tables, features_of(tables), fbgemm.split_embedding_weights(), strict=True)
+        zip(tables, features_of(tables), weights, strict=True)
     ):
         rows = None
         if table.name in trained:
-            state = (
-                dict(zip([_FIRST_STATE], states[number].values(), strict=True)) if states else None
-            )
+            state = states[number] if states else None
             rows = _rows(table, trained[table.name], weight_RD, state)
-        shards.append(Shard(features=features, rows=rows))
-    pooled = isinstance(kernel, BatchedFusedEmbeddingBag)
-    mine = RowKernel(fbgemm, shards, pooling=pooling_of(kernel) if pooled else None, fused=fused)
-    kernel._emb_module = mine
-    kernel._optim = EmbeddingFusedOptimizer(config, mine, kernel._pg)
-    return mine
+        shards.append(Shard(table=table.name, features=features, rows=rows))
+    return shards
 
 
 def _rows(

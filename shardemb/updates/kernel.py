@@ -1,12 +1,12 @@
-"""Stands where TorchRec's kernels keep FBGEMM's: looks up by it, and keeps what updates the rows.
+"""What a kernel of a sharded collection keeps of its lookups until the optimizer steps.
 
-TorchRec itself puts other kernels there (its Triton one): what it asks of them is here.
+TorchRec itself puts other kernels in the place of FBGEMM's (its Triton one): what it asks of them
+is here, but for the lookup and the update, which are FBGEMM's or our own.
 """
 
 # B bags of a feature, F features, N ids, D width
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,70 +16,52 @@ from torch import nn
 from shardemb.updates.lookups import Features, Lookup, RowGradients, merge, sample_of
 from shardemb.updates.shard_rows import ShardRows
 
-_LARGEST_NORM = 1e12
-"""Of a gradient that FBGEMM may square and add up unwatched; our own update looks at the rows."""
-
-_SMALLEST_EPS = 1e-30
-"""Below it float32 may have 0, and FBGEMM divides by it unwatched where a gradient is 0."""
+SMALLEST_EPS = 1e-30
+"""Below it float32 may have 0, by which a fused update divides unwatched where a gradient is 0."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Shard:
     """A block of a table in a kernel.
 
     Attributes:
+        table: Name of the table.
         features: Those that look up in it.
         rows: What is to be updated; None where the table is frozen.
     """
 
+    table: str
     features: Features
     rows: ShardRows | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Fused:
-    """A lookup whose backward pass in FBGEMM would update the rows.
-
-    Attributes:
-        output: Of FBGEMM, with its graph.
-        lr: The learning rate that FBGEMM's CPU kernel takes from the forward pass.
-    """
-
-    output: torch.Tensor
-    lr: float
 
 
 class RowKernel(nn.Module):
     """Looks up rows, and keeps gradients until the optimizer of `build_optimizer` steps.
 
     Args:
-        fbgemm: FBGEMM's module: holds the rows and looks them up.
-        shards: The blocks, in its order.
+        held: What holds the rows, as TorchRec asks FBGEMM's module for them.
+        shards: The blocks, in the order of their features.
         pooling: "sum" or "mean"; None where every id has an output of its own.
-        fused: Whether FBGEMM's own update is the one that all its tables declare.
     """
 
-    def __init__(
-        self, fbgemm: nn.Module, shards: Sequence[Shard], *, pooling: str | None, fused: bool
-    ) -> None:
+    def __init__(self, held: nn.Module, shards: Sequence[Shard], *, pooling: str | None) -> None:
         super().__init__()
-        self.fbgemm = fbgemm
+        self.held = held
         self.shards = shards
-        self._pooling, self._fused = pooling, fused
-        self._num_features = sum(shard.features.count for shard in shards)
+        self.num_features = sum(shard.features.count for shard in shards)
         self.batches: Sequence[tuple[int, int]] = ()
         """Of the next lookup: the ranks whose samples the bags are, in order, with their number."""
+        self._pooling = pooling
         self._lookups: list[Lookup] = []
-        self._last: _Fused | None = None
-        self._lr = math.nan
+        self._own: list[Shard] = []
         self._anchor = torch.empty(0, requires_grad=True)  # what makes autograd call the backward
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else TorchRec asks for is FBGEMM's."""
+        """Whatever else TorchRec asks for is of what holds the rows."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("fbgemm"), name)
+            return getattr(super().__getattr__("held"), name)
 
     @property
     def trained(self) -> list[ShardRows]:
@@ -99,104 +81,101 @@ class RowKernel(nn.Module):
         """Looks rows up.
 
         Args:
-            indices: Local rows, feature after feature, int64 [N].
-            offsets: Where bags begin, int64 [F * B + 1].
+            indices: Local rows, feature after feature, int32 or int64 [N].
+            offsets: Where bags begin, int32 or int64 [F * B + 1].
             per_sample_weights: Of the ids, float32 [N].
 
         Returns:
             Pooled rows [B, sum of widths] or rows [N, D], float32.
         """
-        arguments = (indices, offsets, per_sample_weights)
+        output, found = self._look_up(indices, offsets, per_sample_weights)
         if not torch.is_grad_enabled():
-            return self.fbgemm(*arguments)  # type: ignore[no-any-return]
-        with torch.set_grad_enabled(self._fused):
-            self._set_lr()
-            output: torch.Tensor = self.fbgemm(*arguments)
-        graph = _Fused(output=output, lr=self._lr) if self._fused else None
+            return output
         batches = self.batches
 
         def keep(gradient: torch.Tensor) -> None:
             if not self.trained:  # other ranks may wait for this one in the backward exchange
                 return
+            self.trained[0].check_fresh()
             lookup = Lookup(
                 ids_N=indices,
                 offsets=offsets,
                 weights_N=per_sample_weights,
-                gradient=gradient,
+                gradient=gradient.contiguous(),
                 batches=batches,
-                num_features=self._num_features,
+                num_features=self.num_features,
                 pooling=self._pooling,
             )
-            self._keep(lookup, graph)
+            self._lookups.append(lookup)
+            self._keep(found)
 
         kept: torch.Tensor = _Kept.apply(  # type: ignore[no-untyped-call]
             self._anchor, output.detach(), keep
         )
         return kept
 
-    def _set_lr(self) -> None:
-        settings = self.trained[0].settings if self._fused else {}
-        if not settings:
-            return
-        lr = float(settings["lr"])
-        if lr != self._lr:
-            self.fbgemm.set_learning_rate(lr)  # type: ignore[operator]
-            self._lr = lr
+    def _look_up(
+        self, ids_N: torch.Tensor, offsets: torch.Tensor, weights_N: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any]:
+        """The output, and what `_keep` is to know of it when its gradient comes."""
+        raise NotImplementedError
 
-    def _keep(self, lookup: Lookup, graph: _Fused | None) -> None:
-        """Keeps what a backward pass left behind."""
-        self.trained[0].check_fresh()
-        self._lookups.append(lookup)
-        self._last = graph
+    def _keep(self, found: Any) -> None:
+        """Is told of a lookup whose gradient came."""
+        raise NotImplementedError
 
     def clear(self) -> None:
         """Forgets all gradients."""
         self._lookups.clear()
-        self._last = None
+        self._own = []
         for rows in self.trained:
             rows.is_stale = False
 
     def done(self) -> None:
         """Forgets gradients that were applied; the next ones need a `clear` before."""
-        for rows in self.trained:
-            rows.is_stale |= bool(self._lookups)
-        self._lookups.clear()
-        self._last = None
+        stale = [rows.is_stale or bool(self._lookups) for rows in self.trained]
+        self.clear()
+        for rows, is_stale in zip(self.trained, stale, strict=True):
+            rows.is_stale = is_stale
 
-    def fits_fbgemm(self) -> bool:
-        """Whether FBGEMM's own update does just what is asked, with values that cannot go wrong."""
-        if self._last is None or len(self._lookups) != 1:
-            return False
-        settings = [rows.settings for rows in self.trained]
-        if any(float(own["lr"]) != self._last.lr for own in settings):
-            return False
-        declared = vars(self.trained[0].training.optimizer)
-        if any(
-            own[name] != value
-            for own in settings
-            for name, value in declared.items()
-            if name != "lr"
-        ):
-            return False
-        if declared.get("eps", 1.0) < _SMALLEST_EPS:
-            return False
-        lookup = self._lookups[0]
-        norm = torch.linalg.vector_norm(lookup.gradient)
-        if lookup.weights_N is not None:
-            norm = norm * torch.linalg.vector_norm(lookup.weights_N).clamp(min=1.0)
-        return float(norm) < _LARGEST_NORM and abs(self._last.lr) < _LARGEST_NORM
+    def choose(self, *, watched: bool) -> None:
+        """Chooses the blocks that the kernel updates by itself in this step.
 
-    def step_fused(self) -> None:
-        """Lets FBGEMM update the rows."""
-        assert self._last is not None
-        self._last.output.backward(self._lookups[0].gradient)
+        Args:
+            watched: Whether the gradients are to be seen or scaled before.
+        """
+        raise NotImplementedError
 
     def merged(self) -> Iterable[tuple[ShardRows, RowGradients]]:
-        """The rows to update in each block, with their gradients."""
-        for shard in self.shards:
+        """The rows to update in the other blocks, with their gradients."""
+        return self._merged_of([shard for shard in self.shards if shard not in self._own])
+
+    def own_merged(self) -> Iterable[tuple[ShardRows, RowGradients]]:
+        """Those in the blocks that the kernel updates by itself."""
+        return self._merged_of(self._own)
+
+    def _merged_of(self, shards: Sequence[Shard]) -> Iterable[tuple[ShardRows, RowGradients]]:
+        for shard in shards:
             if shard.rows is not None and self._lookups:
-                gradients = merge(self._lookups, shard.features)
-                yield shard.rows, shard.rows.movable(gradients)
+                yield shard.rows, shard.rows.movable(self._merge(shard))
+
+    def _merge(self, shard: Shard) -> RowGradients:
+        return merge(self._lookups, shard.features)
+
+    def own_squares(self) -> Iterable[tuple[ShardRows, float]]:
+        """Of those blocks, where gradients can be seen before, the sum of their squares."""
+        raise NotImplementedError
+
+    def step(self, scale: float) -> Mapping[ShardRows, int]:
+        """Updates the rows of the blocks that were chosen.
+
+        Args:
+            scale: What gradients are multiplied by.
+
+        Returns:
+            Of some blocks the first row that was left as it was, as it would not have been finite.
+        """
+        raise NotImplementedError
 
     def sample_of(self, rows: ShardRows, row: int) -> tuple[int, int] | None:
         """Whose sample looked a row up; one with a gradient that is not finite, if there is one.

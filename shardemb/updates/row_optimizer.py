@@ -1,5 +1,6 @@
 """The optimizer of all tables of a sharded model: one parameter group for each."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -77,7 +78,6 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
             for name, table in tables.items()
             if table.key in held and name not in replicated
         }
-        self._of_fbgemm: list[RowKernel] = []
         self.device: torch.device = model.device
         """Of the tables, on every rank."""
 
@@ -127,24 +127,29 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
                 )
         return None
 
-    def touched(self, *, fused: bool) -> Touched:
+    def touched(self, *, watched: bool) -> Touched:
         """The rows to update, with their gradients. On all ranks together.
 
         Args:
-            fused: Whether to leave rows to FBGEMM where it can update them; these are not returned.
+            watched: Whether the gradients are to be seen or scaled before.
 
         Returns:
-            Blocks, and the rows of each, in the same order on all ranks.
+            Blocks, and the rows of each, in the same order on all ranks; without those that kernels
+            update by themselves.
         """
-        self._of_fbgemm = [kernel for kernel in self._kernels if fused and kernel.fits_fbgemm()]
-        sharded = [
-            found
-            for kernel in self._kernels
-            if kernel not in self._of_fbgemm
-            for found in kernel.merged()
-        ]
+        for kernel in self._kernels:
+            kernel.choose(watched=watched)
+        sharded = [found for kernel in self._kernels for found in kernel.merged()]
         found = sharded + merge_replicated(self._replicated)
         return sorted(found, key=lambda one: self._place(one[0]))
+
+    def with_those_of_kernels(self, touched: Touched) -> Touched:
+        """The rows that a step touches, also where kernels update them by themselves."""
+        return sorted([*touched, *self.left_to_kernels()], key=lambda one: self._place(one[0]))
+
+    def left_to_kernels(self) -> Touched:
+        """The rows that kernels update by themselves, with their gradients."""
+        return [found for kernel in self._kernels for found in kernel.own_merged()]
 
     @torch.no_grad()
     def updated(self, touched: Touched) -> list[NewRows]:
@@ -158,21 +163,31 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
         """
         return run_together((rows.updated(gradients), rows.slices) for rows, gradients in touched)
 
-    def write(self, touched: Touched, new: Sequence[NewRows]) -> None:
-        """Ends a step: writes new rows, and lets FBGEMM update what was left to it.
+    def squares_of_kernels(self) -> float:
+        """The sum of the squares of the gradients that are left to kernels."""
+        return math.fsum(square for kernel in self._kernels for _, square in kernel.own_squares())
+
+    def write(
+        self, touched: Touched, new: Sequence[NewRows], *, scale: float
+    ) -> tuple[ShardRows, int] | None:
+        """Ends a step: writes new rows, and lets kernels update what was left to them.
 
         Args:
             touched: Of `touched`.
             new: Of `updated`.
+            scale: What gradients are multiplied by in the kernels.
+
+        Returns:
+            A block and a row of it that a kernel left as it was, as its state is not finite.
         """
-        for kernel in self._of_fbgemm:
-            kernel.step_fused()
+        left = [found for kernel in self._kernels for found in kernel.step(scale).items()]
         for (rows, _), its in zip(touched, new, strict=True):
             rows.write(its)
         for _, group in self.named_groups:
             group["step"] += 1
         for source in self._sources:
             source.done()
+        return left[0] if left else None
 
     def fault(self, touched: Touched, new: Sequence[NewRows | None]) -> Fault | None:
         """The first value of an update on this rank that is not finite.
@@ -181,7 +196,7 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
             touched: Of `touched`.
             new: What becomes of the rows of each, as far as it is known.
         """
-        left = [found for kernel in self._of_fbgemm for found in kernel.merged()]
+        left = self.left_to_kernels()
         becoming = [*new, *[None] * len(left)]
         for (rows, gradients), its in zip([*touched, *left], becoming, strict=True):
             found = rows.fault(gradients, its)

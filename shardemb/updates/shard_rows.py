@@ -40,7 +40,7 @@ def state_of(optimizer: SparseOptimizer, weight_RD: torch.Tensor) -> dict[str, t
     }
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class ShardRows:
     """A block of a trained table.
 
@@ -97,9 +97,14 @@ class ShardRows:
             moves_U &= global_U != self.training.padding_idx
         return moves_U
 
+    @property
+    def all_move(self) -> bool:
+        """Whether no row is frozen or padding."""
+        return self.training.frozen_rows == 0 and self.training.padding_idx is None
+
     def movable(self, gradients: RowGradients) -> RowGradients:
         """Those of some rows that are to be updated."""
-        if self.training.frozen_rows == 0 and self.training.padding_idx is None:
+        if self.all_move:
             return gradients
         kept = self.moves(gradients.rows_U).nonzero().squeeze(1)
         return RowGradients(*(part.index_select(0, kept) for part in gradients))
@@ -190,6 +195,8 @@ class ShardRows:
 def _write(block: torch.Tensor, rows_U: torch.Tensor, values: torch.Tensor) -> None:
     """Replaces rows of a block [R, D] or [R]."""
     if block.dim() == 2 and block.dtype == torch.float32 and not block.is_cuda:
-        # on CPU index_copy_ goes from element to element; any width is a multiple of four
-        block, values = block.view(torch.complex128), values.view(torch.complex128)
+        # on CPU index_copy_ goes from element to element: four are one, where rows begin with fours
+        in_fours = (*block.shape[1:], block.stride(0), block.storage_offset())
+        if not any(number % 4 for number in in_fours):
+            block, values = block.view(torch.complex128), values.view(torch.complex128)
     block.index_copy_(0, rows_U, values)

@@ -1,6 +1,6 @@
 """TorchRec's sharded collections, with our kernels in the place of FBGEMM's."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -18,14 +18,16 @@ from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
+from torchrec.distributed.sharding.dp_sharding import BaseDpEmbeddingSharding
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
 
-from shardemb.updates.install import Trained, install
+from shardemb.updates.install import Trained, install_fbgemm
 from shardemb.updates.kernel import RowKernel
+from shardemb.updates.native_lookups import NativePooledLookup, NativeSequenceLookup
 
 
 class _WithRowKernels:
-    """A sharded collection that puts our kernels where its lookups have FBGEMM's.
+    """A sharded collection that puts our kernels around FBGEMM's, or in their place.
 
     Its replicated tables are not in a DistributedDataParallel, which averages gradients in every
     backward pass, and wrongly where there are two after a forward; `merge_replicated` does so once,
@@ -33,11 +35,15 @@ class _WithRowKernels:
 
     Args:
         trained: By the names of tables; the others are frozen.
+        native: Whether our own kernels are in the place of FBGEMM's.
         options: What TorchRec's class takes.
     """
 
-    def __init__(self, *, trained: Mapping[str, Trained], **options: Any) -> None:
-        self._trained = trained  # before the rest: TorchRec makes its lookups as it is made
+    native_lookup: ClassVar[type[nn.Module]]
+
+    def __init__(self, *, trained: Mapping[str, Trained], native: bool, **options: Any) -> None:
+        # before the rest: TorchRec makes its lookups as it is made
+        self._trained, self._native = trained, native
         super().__init__(**options)
         self._lookups: list[nn.Module] = [
             lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
@@ -46,16 +52,30 @@ class _WithRowKernels:
 
     def _create_lookups(self) -> None:
         """Makes the lookups, as TorchRec asks for it."""
-        super()._create_lookups()  # type: ignore[misc]
-        kernels_of: list[Any] = [lookup._emb_modules for lookup in self._lookups]
-        self._row_kernels = [
-            [
-                install(kernel, self._trained)
-                for kernel in kernels
+        if self._native:
+            self._lookups = [self._native_lookup(sharding) for sharding in self._shardings()]
+        else:
+            super()._create_lookups()  # type: ignore[misc]
+        self._row_kernels = []
+        for lookup in self._lookups:
+            modules: Any = lookup._emb_modules
+            kernels = [
+                kernel
+                for kernel in modules
                 if isinstance(kernel, (BatchedFusedEmbeddingBag, BatchedFusedEmbedding))
             ]
-            for kernels in kernels_of
-        ]
+            for kernel in kernels if not self._native else ():
+                install_fbgemm(kernel, self._trained)
+            self._row_kernels.append([kernel.emb_module for kernel in kernels])
+
+    def _shardings(self) -> Iterable[Any]:
+        """TorchRec's shardings, one for each layout of its tables."""
+        raise NotImplementedError
+
+    def _native_lookup(self, sharding: Any) -> nn.Module:
+        if isinstance(sharding, BaseDpEmbeddingSharding):
+            return sharding.create_lookup()  # type: ignore[no-any-return]
+        return type(self).native_lookup(sharding, self._trained)
 
     def compute_and_output_dist(self, ctx: Any, input: Any) -> Any:
         """Looks up, as TorchRec asks for it; the kernels learn whose samples they look up."""
@@ -90,9 +110,19 @@ def ranks_in_output(world_size: int, *, num_nodes: int) -> list[int]:
 class PooledCollection(_WithRowKernels, ShardedEmbeddingBagCollection):  # type: ignore[misc]
     """TorchRec's sharded `EmbeddingBagCollection`."""
 
+    native_lookup = NativePooledLookup
+
+    def _shardings(self) -> Iterable[Any]:
+        return self._embedding_shardings  # type: ignore[no-any-return]
+
 
 class SequenceCollection(_WithRowKernels, ShardedEmbeddingCollection):  # type: ignore[misc]
     """TorchRec's sharded `EmbeddingCollection`."""
+
+    native_lookup = NativeSequenceLookup
+
+    def _shardings(self) -> Iterable[Any]:
+        return self._sharding_type_to_sharding.values()  # type: ignore[no-any-return]
 
 
 class _Sharder:
@@ -100,13 +130,14 @@ class _Sharder:
 
     Args:
         trained: By the names of tables; the others are frozen.
+        native: Whether our own kernels are in the place of FBGEMM's.
     """
 
     sharded: ClassVar[type[_WithRowKernels]]
 
-    def __init__(self, trained: Mapping[str, Trained]) -> None:
+    def __init__(self, trained: Mapping[str, Trained], *, native: bool) -> None:
         super().__init__()
-        self._trained = trained
+        self._trained, self._native = trained, native
 
     def shard(
         self,
@@ -119,6 +150,7 @@ class _Sharder:
         """Shards a collection, as TorchRec asks for it."""
         return self.sharded(
             trained=self._trained,
+            native=self._native,
             module=module,
             table_name_to_parameter_sharding=params,
             env=env,
