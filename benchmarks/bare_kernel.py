@@ -3,7 +3,6 @@
 # B batch, D width of all tables together, R rows
 
 import ctypes
-import mmap
 from itertools import cycle
 
 import torch
@@ -12,20 +11,9 @@ from torchrec import KeyedJaggedTensor
 from benchmarks.cases import EMBEDDING_DIM, LR, OPTIMIZERS, START, Batches, Case
 from benchmarks.contenders import Step
 from shardemb.env import Env
+from shardemb.huge_pages import zeros_huge
 from shardemb.native.kernels import OPTIMIZERS as NUMBERED
 from shardemb.native.kernels import Bags, Block, Blocks, Merged, Training
-
-MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # asm-generic/mman-common.h of Linux
-
-
-def on_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """The same tensor; asks Linux for pages of 2 MB, which it may refuse."""
-    libc = ctypes.CDLL(None)
-    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - first)
-    for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
-        libc.madvise(ctypes.c_void_p(first), size, advice)
-    return tensor
 
 
 class Tables:
@@ -37,7 +25,7 @@ class Tables:
 
     def __init__(self, case: Case) -> None:
         shape = case.num_embeddings, EMBEDDING_DIM
-        self.weights = [on_huge_pages(torch.full(shape, START)) for _ in case.names]
+        self.weights = [zeros_huge(shape).fill_(START) for _ in case.names]
         self.blocks = Blocks(
             [
                 Block(
@@ -78,39 +66,38 @@ class State:
         elements = case.num_embeddings, EMBEDDING_DIM
         self.tensors = [
             {
-                name: on_huge_pages(torch.zeros(elements if per == "element" else elements[:1]))
+                name: zeros_huge(elements if per == "element" else elements[:1])
                 for name, per in self.config.state.items()
             }
             for _ in case.names
         ]
         self.num_updates = 0
 
-    def trainings(self) -> list[Training]:
+    def trainings(self) -> "ctypes.Array[Training]":
         """Of each table, for the next update."""
         self.num_updates += 1
+        return (Training * len(self.tensors))(
+            *(self._training(tensors) for tensors in self.tensors)
+        )
+
+    def _training(self, tensors: dict[str, torch.Tensor]) -> Training:
         beta1, beta2 = getattr(self.config, "betas", (0.9, 0.999))
-        return [
-            Training(
-                lr=LR,
-                eps=getattr(self.config, "eps", 0.0),
-                beta1=beta1,
-                beta2=beta2,
-                max_gradient=-1.0,
-                correction1=1 - beta1**self.num_updates,
-                correction2=(1 - beta2**self.num_updates) ** 0.5,
-                scale=1.0,
-                embedding_dim=EMBEDDING_DIM,
-                padding_row=-1,
-                num_updates=self.num_updates,
-                optimizer=NUMBERED.index(type(self.config).__name__),
-                **{
-                    field: tensors[name].data_ptr()
-                    for field, name in (("momentum", "momentum1"), ("square", "exp_avg_sq"))
-                    if name in tensors
-                },
-            )
-            for tensors in self.tensors
-        ]
+        fields = {"momentum": "momentum1", "square": "exp_avg_sq"}
+        return Training(
+            lr=LR,
+            eps=getattr(self.config, "eps", 0.0),
+            beta1=beta1,
+            beta2=beta2,
+            max_gradient=-1.0,
+            correction1=1 - beta1**self.num_updates,
+            correction2=(1 - beta2**self.num_updates) ** 0.5,
+            scale=1.0,
+            embedding_dim=EMBEDDING_DIM,
+            padding_row=-1,
+            num_updates=self.num_updates,
+            optimizer=NUMBERED.index(type(self.config).__name__),
+            **{of: tensors[name].data_ptr() for of, name in fields.items() if name in tensors},
+        )
 
 
 def bare_kernel(case: Case, batches: Batches, env: Env) -> Step:  # noqa: ARG001 - as others are

@@ -2,7 +2,6 @@
 
 # B batch, D embedding_dim
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import cycle
@@ -26,6 +25,7 @@ import shardemb as se
 from benchmarks.cases import EMBEDDING_DIM, LR, OPTIMIZERS, START, Batches, Case, zipf_batches
 from shardemb import init, layouts
 from shardemb.env import Env
+from shardemb.kernel_choice import KernelChoice
 from shardemb.planning.sharders import PooledSharder
 
 TORCHREC, PIPELINE, OWN_LOOP, IN_ORDER, PLAIN = (
@@ -161,7 +161,7 @@ def torchrec_directly(case: Case, batches: Batches, env: Env) -> Step:
 
 
 def shardemb(
-    case: Case, env: Env, *, declared_order: bool = False, kernel: str = "auto"
+    case: Case, env: Env, *, declared_order: bool = False, kernel: KernelChoice = "auto"
 ) -> tuple[nn.Module, Any]:
     """The same through shardemb."""
     tables = [
@@ -182,17 +182,9 @@ def shardemb(
         else layouts.table_wise(rank=number % env.world_size)
         for number, name in enumerate(case.names)
     }
-    plan = _planned(model, env, where, kernel)
+    plan = se.plan_sharding(model, env, where, kernel=kernel)
     sharded = se.shard_modules(model, plan, env, declared_order=declared_order)
     return sharded, se.build_optimizer(sharded)
-
-
-def _planned(
-    model: nn.Module, env: Env, where: dict[str, layouts.Layout], kernel: str
-) -> se.ShardingPlan:
-    takes_it = "kernel" in inspect.signature(se.plan_sharding).parameters
-    options: dict[str, Any] = {"kernel": kernel} if takes_it else {}
-    return se.plan_sharding(model, env, where, **options)
 
 
 def pipeline(model: nn.Module, optimizer: Any, batches: Batches, env: Env) -> Step:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torchrec import KeyedJaggedTensor
 
-from benchmarks.bare_kernel import Tables, on_huge_pages
+from benchmarks.bare_kernel import Tables
 from benchmarks.cases import (
     EMBEDDING_DIM,
     START,
@@ -23,6 +23,7 @@ from benchmarks.cases import (
 from benchmarks.contenders import OWN_LOOP, Step, shardemb, some_bags
 from benchmarks.kernel_contenders import BARE, FBGEMM, fbgemm_tables
 from shardemb.env import Env
+from shardemb.huge_pages import advise_huge
 
 BATCH_SIZES = {1: 8192, 20: 2048, 50: 1024, 1000: 40}
 """By the ids of a bag; with 1,000 of them little is written."""
@@ -66,8 +67,7 @@ def look_ups(env: Env) -> dict[str, LookUp]:
     case = case_of(1)
     sharded: Any = shardemb(case, env)[0]
     huge = some_bags(case, sparse=False)
-    for weight_RD in huge.parameters():
-        on_huge_pages(weight_RD.data)
+    advise_huge(*(weight_RD.data for weight_RD in huge.parameters()))
     tables = fbgemm_tables(case)
     return {
         OWN_LOOP: lambda batch: sharded.module.collection(batch).values(),
@@ -86,7 +86,7 @@ def forwards(env: Env) -> dict[Lookup, Step]:
         found |= measured(ids, ids_per_bag, of_all, env)
     found |= measured(UNIFORM, LONG, of_all, env)
     weight_RD = torch.full((8_000_000, EMBEDDING_DIM), START)
-    on_huge_pages(weight_RD)
+    advise_huge(weight_RD)
     gather = Lookup(UNIFORM, 1, GATHER)
     ids_N = torch.randint(len(weight_RD), (gather.row_bytes // ROW_BYTES,))
     out_ND = torch.empty(len(ids_N), EMBEDDING_DIM)

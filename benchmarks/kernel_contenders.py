@@ -30,6 +30,7 @@ from benchmarks.contenders import (
     torchrec_directly,
 )
 from shardemb.env import Env
+from shardemb.kernel_choice import KernelChoice
 
 FBGEMM, ON_FBGEMM, BARE, LOSS = (
     "FBGEMM used directly",
@@ -84,7 +85,7 @@ def loss_alone(case: Case, batches: Batches, env: Env) -> Step:  # noqa: ARG001 
     return step
 
 
-def own_loop(case: Case, batches: Batches, env: Env, *, kernel: str = "auto") -> Step:
+def own_loop(case: Case, batches: Batches, env: Env, *, kernel: KernelChoice = "auto") -> Step:
     """A step of shardemb's sharded model by a kernel."""
     return loop(*shardemb(case, env, kernel=kernel), batches)
 

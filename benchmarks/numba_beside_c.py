@@ -28,14 +28,16 @@ try:
 except ModuleNotFoundError:
     sys.exit("numba is not there; install it beside shardemb to run this: pip install numba")
 
-from benchmarks.bare_kernel import State, Tables, bags_of, on_huge_pages
+from benchmarks.bare_kernel import State, Tables, bags_of
 from benchmarks.cases import EMBEDDING_DIM, LR, Case, zipf_batches
 from benchmarks.machine import describe, timed
 from benchmarks.numba_kernel import look_up, update
 from benchmarks.script import listed, parser_of, write_result
 from benchmarks.step import summary
-from benchmarks.teams import REST_S, keep_freed
+from benchmarks.teams import REST_S
+from shardemb.allocator import keep_freed_memory
 from shardemb.env import Env
+from shardemb.huge_pages import advise_huge
 from shardemb.native import kernels, library
 from shardemb.text import format_table
 
@@ -116,7 +118,8 @@ class ByNumba:
     """The same by numba, whose tables follow one another."""
 
     def __init__(self, case: Case) -> None:
-        self.num_tables, self.rows = case.num_tables, on_huge_pages(ByC(case).rows)
+        self.num_tables, self.rows = case.num_tables, ByC(case).rows
+        advise_huge(self.rows)
         self.weight_RD, self.state_R = self.rows.numpy(), np.zeros(len(self.rows), np.float32)
 
     def look_up(self, bags: kernels.Bags) -> object:
@@ -204,7 +207,7 @@ lookup and an update of a few rows.
 def main() -> None:
     """Measures all, prints the page and writes it with its JSON."""
     asked = parser_of(__doc__, repeats=30, warmup=8).parse_args()
-    keep_freed()
+    keep_freed_memory(os.environ)
     numba.set_num_threads(torch.get_num_threads())
     measured = {
         "machine": describe() | {"numba": metadata.version("numba")},

@@ -3,8 +3,8 @@
 What is set for a whole process can so be compared step by step, as contenders of one process are.
 """
 
-import ctypes
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +21,8 @@ from shardemb.env import Env
 
 REST_S = 0.01
 """Between steps, so that the OpenMP threads of the last team no longer wait for work, spinning."""
+GLIBC_DEFAULT = {"MALLOC_MMAP_MAX_": "65536"}
+"""Chosen by a user, so that init_distributed leaves the allocator as it is."""
 Times = dict[tuple[str, Any], list[float]]
 """Milliseconds by team and contender, named as its team names it."""
 
@@ -31,7 +33,7 @@ class Team:
 
     Attributes:
         name: Of the team, in the result.
-        keeps_freed: Whether memory that was freed is used again, else as glibc has it.
+        keeps_freed: Whether init_distributed keeps memory that was freed, else as glibc has it.
         make: The step of each contender; every rank calls it.
         world_size: Number of ranks.
     """
@@ -40,14 +42,6 @@ class Team:
     keeps_freed: bool
     make: Callable[[Env], Mapping[Any, Step]]
     world_size: int = 1
-
-
-def keep_freed() -> None:
-    """Tells the C library to use memory again that was freed, instead of giving it back."""
-    libc = ctypes.CDLL(None)
-    never, trim_threshold, mmap_max = -1, -1, -4  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, never)
 
 
 def teams_take_turns(teams: Sequence[Team], warmup: int, repeats: int) -> Times:
@@ -101,8 +95,8 @@ def _started(team: Team) -> Iterator[list[Connection]]:
 
 def _member(rank: int, launched: dict[str, str], team: Team, pipe: Connection) -> None:
     """Makes the contenders and steps as it is told."""
-    if team.keeps_freed:
-        keep_freed()
+    if not team.keeps_freed:
+        os.environ |= GLIBC_DEFAULT
     steps = team.make(joined(rank, launched))
     pipe.send(list(steps))
     while True:
