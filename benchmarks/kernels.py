@@ -178,7 +178,14 @@ def measure_ranks(case: Case, warmup: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measures all, prints the page and writes it with its JSON."""
-    asked = parser_of(__doc__, repeats=20, warmup=8).parse_args()
+    parser = parser_of(__doc__, repeats=20, warmup=8)
+    parser.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        action="append",
+        help="only steps of this one; may stand several times (default: all)",
+    )
+    asked = parser.parse_args()
     often = asked.warmup, asked.repeats
     forward = measure_forwards(*often)
     measured = {
@@ -187,7 +194,11 @@ def main() -> None:
         "repeats": asked.repeats,
         "copy_gb_per_s": copy_gb_per_s(),
         "random_read_gb_per_s": random_read_gb_per_s(forward),
-        "steps": [measure_steps(case, *often) for case in STEP_CASES],
+        "steps": [
+            measure_steps(case, *often)
+            for case in STEP_CASES
+            if case.optimizer in (asked.optimizer or OPTIMIZERS)
+        ],
         "forward": forward,
         "ranks": [measure_ranks(case, *often) for case in RANK_CASES],
     }
