@@ -12,12 +12,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from shardemb.errors import RunError
 from shardemb.updates.faults import WAY_OUT, Fault, fault_of, largest_of, raise_first
 from shardemb.updates.row_optimizer import RowOptimizer, Touched
-from shardemb.updates.settings import (
-    digest_of,
-    fault_of_difference,
-    fault_of_settings,
-    settings_of,
-)
+from shardemb.updates.settings import Settings, fault_of_difference, settings_of
 from shardemb.updates.shard_rows import NewRows, ShardRows
 from shardemb.updates.trained import Backwards
 
@@ -74,6 +69,7 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         for name in ("betas", "momentum"):  # by which torch's schedulers know what they may cycle
             if self.param_groups and all(name in group for group in self.param_groups):
                 self.defaults[name] = self.param_groups[0][name]
+        self._settings = Settings(rows.declared, self.param_groups)
         self._max_norm = max_norm
         self._observers: list[Callable[[StepGradients], None]] = []
         self.grad_norm: torch.Tensor | None = None
@@ -117,7 +113,7 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.rows.settings.check()
+        self._settings.check()
         watched = self._max_norm is not None or bool(self._observers)
         touched = self.rows.touched(watched=watched)
         square = self._show(touched) if watched else self._number(0.0)
@@ -125,7 +121,7 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         if self._max_norm is not None:
             scale = self._clip(touched, square, self._max_norm)
         new = self.rows.updated(touched)
-        digest = self._number(float(digest_of(self.param_groups, self._backwards.paths)))
+        digest = self._number(float(self._settings.digest(self._backwards.paths)))
         doubt, square, digests, squares = self._over_ranks(
             self._doubt(touched, new), square, digest, digest.square()
         )
@@ -279,11 +275,7 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         return (~torch.isfinite(torch.stack(values))).any().double()
 
     def _fault_of_settings(self) -> Fault | None:
-        return (
-            fault_of_settings(self.param_groups)
-            or self.rows.settings.fault()
-            or self.rows.fault_of_parameters()
-        )
+        return self._settings.fault or self.rows.fault_of_parameters()
 
     def _refuse(self, touched: Touched, new: Sequence[NewRows | None]) -> None:
         """Raises if anything on any rank is not finite. On all ranks together."""

@@ -222,7 +222,8 @@ def test_counting_begins_where_it_is_begun_and_takes_the_update_from_fbgemm(env:
     table = replace(tables_of(["a", "b"])[0], frozen_rows=0)
     model = nn.Sequential(se.EmbeddingBagCollection([table]))
     where = {"a": layouts.table_wise(rank=0)}
-    sharded = se.shard_modules(model, se.plan_sharding(model, env, where), env)
+    plan = se.plan_sharding(model, env, where, kernel="fbgemm")
+    sharded = se.shard_modules(model, plan, env)
     optimizer = se.build_optimizer(sharded)
     left = optimizer.rows.left_to_kernels
     of_fbgemm: list[int] = []

@@ -11,7 +11,7 @@ exchanges nothing, 75 bytes read and 71 written. Weight and state are accessed a
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from torchrec import KeyedJaggedTensor
 import shardemb as se
 from shardemb import init, layouts, optim
 from shardemb.env import Env
+from shardemb.kernel_choice import Kernel
 from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
 from tests.moved_bytes import MovedBytes
@@ -49,12 +50,14 @@ class Case:
         max_norm: Of all gradients.
         sequence: Whether it is looked up by an EmbeddingCollection.
         layout: How it lies on one rank.
+        kernel: What looks its rows up.
     """
 
     optimizer: SparseOptimizer
     max_norm: float | None = None
     sequence: bool = False
     layout: Layout = WHOLE
+    kernel: Kernel = "fbgemm"
 
 
 UPDATED_BY_FBGEMM = [
@@ -72,6 +75,7 @@ UPDATED_BY_SHARDEMB = [
     Case(optimizer=optim.PartialRowWiseLAMB(lr=0.1)),
 ]
 CASES = UPDATED_BY_FBGEMM + UPDATED_BY_SHARDEMB
+NATIVE = [replace(case, kernel="native") for case in CASES]
 ADAM = UPDATED_BY_SHARDEMB[0]
 
 WHY_NOT = why_not()
@@ -113,7 +117,8 @@ def train(env: Env, case: Case, num_embeddings: int) -> Trained:
     )
     make = se.EmbeddingCollection if case.sequence else se.EmbeddingBagCollection
     model = nn.Sequential(make([table]))
-    sharded = se.shard_modules(model, se.plan_sharding(model, env, {"table": case.layout}), env)
+    plan = se.plan_sharding(model, env, {"table": case.layout}, kernel=case.kernel)
+    sharded = se.shard_modules(model, plan, env)
     optimizer = se.build_optimizer(sharded, max_norm=case.max_norm)
     rows_U = rows_of(num_embeddings)
     batch = KeyedJaggedTensor(
@@ -184,12 +189,15 @@ def test_a_step_moves_as_many_bytes_in_every_vocabulary_and_changes_only_its_row
     for case in CASES:
         moved = {check_bytes_and_rows(env, case, number) for number in (FEWEST, MANY)}
         assert len(moved) == 1, f"{case}: {moved}"
+    for case in NATIVE:  # of which no operator tells the bytes
+        for number in (FEWEST, MANY):
+            assert_only_its_rows(train(env, case, number))
 
 
 @needs_pages
 @spmd(world_size=1)
 def test_a_step_accesses_only_the_pages_of_its_rows(env: Env) -> None:
-    for case in CASES:
+    for case in CASES + NATIVE:
         for num_embeddings in (FEWEST, MANY):
             assert_only_its_pages(train(env, case, num_embeddings))
 

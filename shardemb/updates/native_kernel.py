@@ -3,10 +3,10 @@
 # R rows of a block, B bags of a feature, F features, N ids, D width
 
 import ctypes
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from shardemb.native.kernels import OPTIMIZERS, Bags, Block, Blocks, Merged, Tra
 from shardemb.updates.formulas import needs_whole_rows
 from shardemb.updates.kernel import SMALLEST_EPS, RowKernel, Shard
 from shardemb.updates.lookups import Lookup, RowGradients
+from shardemb.updates.settings import held_by
 from shardemb.updates.shard_rows import ShardRows
 
 _LARGEST_SUM = 1e15
@@ -206,42 +207,47 @@ class _Updates:
     def __init__(self, blocks: Sequence[ShardRows]) -> None:
         self._blocks = blocks
         self._trainings = (Training * len(blocks))(*map(_training_of, blocks))
-        self._settings: list[tuple[Any, ...] | None] = [None] * len(blocks)
+        self._columns = np.ctypeslib.as_array(self._trainings)
+        self._settings: list[list[Any]] = [[] for _ in blocks]
+        self._names = [list(vars(rows.training.optimizer)) for rows in blocks]
+        self._has_eps = np.array(["eps" in names for names in self._names], dtype=bool)
+        self._optimizers = [
+            OPTIMIZERS.index(type(rows.training.optimizer).__name__) for rows in blocks
+        ]
 
     @property
     def fit(self) -> bool:
         """Whether the settings of the next step are such that it may be left unwatched."""
-        for rows in self._blocks:
-            settings = rows.settings
-            if not abs(float(settings["lr"])) < _LARGEST_LR:
-                return False
-            if settings.get("eps", 1.0) < SMALLEST_EPS:
-                return False
-        return True
+        self._read()
+        lr, eps = self._columns["lr"], self._columns["eps"]
+        return bool((np.abs(lr) < _LARGEST_LR).all() and (eps[self._has_eps] >= SMALLEST_EPS).all())
 
     def of_step(self, chosen: Sequence[bool], *, scale: float) -> ctypes.Array[Training]:
-        """How the blocks are trained in the next step.
+        """How the blocks are trained in the next step, for which `fit` was asked.
 
         Args:
             chosen: Which of them are.
             scale: What gradients are multiplied by.
         """
-        for number, (rows, training) in enumerate(zip(self._blocks, self._trainings, strict=True)):
-            settings = rows.settings
-            held = tuple(settings[name] for name in vars(rows.training.optimizer))
-            if held != self._settings[number]:
-                _set(training, settings)
-                self._settings[number] = held
-            name = settings["optimizer"]
-            training.optimizer = OPTIMIZERS.index(name) if chosen[number] else -1
-            training.scale = scale
-            training.num_updates = settings["step"] + 1
-            training.correction1 = 1 - training.beta1**training.num_updates
-            training.correction2 = math.sqrt(1 - training.beta2**training.num_updates)
-            for field, state in (("momentum", "momentum1"), ("square", "exp_avg_sq")):
-                if state in rows.state:
-                    setattr(training, field, rows.state[state].data_ptr())
+        columns = self._columns
+        columns["optimizer"] = np.where(chosen, self._optimizers, -1)
+        columns["scale"] = scale
+        columns["num_updates"] = [rows.settings["step"] + 1 for rows in self._blocks]
+        columns["correction1"] = 1 - columns["beta1"] ** columns["num_updates"]
+        columns["correction2"] = np.sqrt(1 - columns["beta2"] ** columns["num_updates"])
+        for field, state in (("momentum", "momentum1"), ("square", "exp_avg_sq")):
+            columns[field] = [
+                rows.state[state].data_ptr() if state in rows.state else 0 for rows in self._blocks
+            ]
         return self._trainings
+
+    def _read(self) -> None:
+        """Takes over what changed in the parameter groups."""
+        for number, (rows, names) in enumerate(zip(self._blocks, self._names, strict=True)):
+            held = held_by(rows.settings, names)
+            if held != self._settings[number]:
+                _set(self._trainings[number], rows.settings)
+                self._settings[number] = held
 
 
 def _training_of(rows: ShardRows) -> Training:

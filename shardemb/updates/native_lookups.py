@@ -24,6 +24,7 @@ from torchrec.distributed.sharding.twrw_sharding import BaseTwRwEmbeddingShardin
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import data_type_to_dtype, data_type_to_sparse_type
 
+from shardemb.huge_pages import zeros_huge
 from shardemb.updates.install import Trained, install_native
 
 _LINE_BYTES = 64
@@ -52,7 +53,7 @@ class HeldRows(nn.Module):
                 end = -(-end // line) * line
             self.weights_physical_offsets.append(end)
             end += rows * width
-        self.weights_host = nn.Parameter(torch.zeros(end, dtype=dtype))
+        self.weights_host = nn.Parameter(zeros_huge([end], dtype))
         self._weights = [
             self.weights_host.detach()[first : first + rows * width].view(rows, width)
             for first, (rows, width) in zip(self.weights_physical_offsets, shapes, strict=True)

@@ -14,7 +14,6 @@ from shardemb.updates.faults import Fault
 from shardemb.updates.kernel import RowKernel
 from shardemb.updates.lookups import RowGradients
 from shardemb.updates.replicated import ReplicatedRows, merge_replicated, replicated_rows
-from shardemb.updates.settings import TableSettings
 from shardemb.updates.shard_rows import NewRows, ShardRows
 from shardemb.updates.sharded import row_kernels
 from shardemb.updates.slices import give_to_slices, run_together, saved_once
@@ -57,9 +56,8 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
             for name, table in tables.items()
         }
         super().__init__(params, state, list(self._groups.values()))
-        self.settings = TableSettings(
-            {name: table.training.optimizer for name, table in tables.items()}, self._groups
-        )
+        self.declared = {name: table.training.optimizer for name, table in tables.items()}
+        """The optimizer of each table."""
         self.named_groups = [(table.key, self._groups[name]) for name, table in tables.items()]
         """Each group with the name of its table's weight, the same on every rank."""
         self._sharded = {

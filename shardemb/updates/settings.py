@@ -11,20 +11,29 @@ import torch.distributed as dist
 from shardemb.optim import SparseOptimizer
 from shardemb.updates.faults import Fault
 
+_NO_SETTINGS = {"params", "step"}
+_PLAIN = {float, int, bool, str, type(None)}
 
-class TableSettings:
-    """Checks the parameter groups of tables, which a scheduler or a user may change.
+
+class Settings:
+    """Checks the parameter groups of an optimizer, which a scheduler or a user may change.
+
+    Where nothing changed since the last step, and few things do, it only compares.
 
     Args:
         declared: The optimizer of each table.
-        groups: The group of each.
+        groups: All parameter groups; those of tables have their name as "table".
     """
 
     def __init__(
-        self, declared: Mapping[str, SparseOptimizer], groups: Mapping[str, Mapping[str, Any]]
+        self, declared: Mapping[str, SparseOptimizer], groups: Sequence[Mapping[str, Any]]
     ) -> None:
         self._declared, self._groups = declared, groups
-        self._accepted: dict[str, dict[str, Any]] = {}
+        self._of_table = {group["table"]: group for group in groups if "table" in group}
+        self._held: list[list[Any]] = []
+        self._digest = 0
+        self.fault: Fault | None = None
+        """The first setting that no step can take, if there is one; known after `check`."""
 
     def check(self) -> None:
         """Refuses groups that hold what a table's optimizer cannot take, the same on all ranks.
@@ -32,30 +41,29 @@ class TableSettings:
         Raises:
             ValueError: One does.
         """
+        held = [held_by(group, [*group]) for group in self._groups]
+        if held == self._held:
+            return
         for name, optimizer in self._declared.items():
-            held = {
-                field: _plain(self._groups[name][field])
-                for field in vars(optimizer)
-                if field in self._groups[name]
-            }
-            if held == self._accepted.get(name):
-                continue
-            # numbers that are not finite are found on any rank alone; a schedule may end at lr 0
-            usual = {field: value for field, value in held.items() if is_finite(value)}
-            usual["lr"] = usual.get("lr") or optimizer.lr
-            try:
-                missing = sorted(set(vars(optimizer)) - set(held))
-                if missing:
-                    raise ValueError(f"{type(optimizer).__name__}: {missing[0]} is missing")
-                type(optimizer)(**vars(optimizer) | usual)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"the parameter group of table {name!r}: {error}") from error
-            self._accepted[name] = held
+            _check_accepts(name, optimizer, self._of_table[name])
+        self.fault = _fault_of(self._groups) or self._fault_of_momentum()
+        self._digest = zlib.crc32(repr(held).encode())
+        self._held = held
 
-    def fault(self) -> Fault | None:
-        """The first setting that a table has no state for, if there is one."""
+    def digest(self, reached: Sequence[str]) -> int:
+        """16 bits of what ranks must have the same, by which they find out that they differ.
+
+        So few that a sum of squares over a thousand ranks is exact in float64.
+
+        Args:
+            reached: The collections that backward passes reached, in order.
+        """
+        steps = [group["step"] for group in self._of_table.values()]
+        return zlib.crc32(repr((self._digest, steps, reached)).encode()) & 0xFFFF
+
+    def _fault_of_momentum(self) -> Fault | None:
         for name, optimizer in self._declared.items():
-            momentum = self._groups[name].get("momentum")
+            momentum = self._of_table[name].get("momentum")
             if momentum and not optimizer.state:
                 return Fault(
                     f"momentum of table {name!r} is {momentum}, and its SGD was declared without, "
@@ -65,20 +73,44 @@ class TableSettings:
         return None
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
+def held_by(group: Mapping[str, Any], names: Iterable[str]) -> list[Any]:
+    """Copies of some settings of a group, which do not change when it does."""
+    return [
+        value if type(value := group[name]) in _PLAIN else _plain(value)
+        for name in names
+        if name not in _NO_SETTINGS
+    ]
 
 
-def fault_of_settings(groups: Iterable[Mapping[str, Any]]) -> Fault | None:
-    """The first number of some parameter groups that is not finite, if there is one.
+def _check_accepts(name: str, optimizer: SparseOptimizer, group: Mapping[str, Any]) -> None:
+    """Refuses a table's group that its optimizer cannot take.
 
-    Args:
-        groups: Of an optimizer; those of tables have their name as "table".
-
-    Example:
-        >>> fault_of_settings([{"params": [], "table": "user", "lr": float("nan")}]).what
-        "lr of table 'user' is nan"
+    Raises:
+        ValueError: It cannot.
     """
+    held = {field: _plain(group[field]) for field in vars(optimizer) if field in group}
+    # numbers that are not finite are found on any rank alone; a schedule may end at lr 0
+    usual = {field: value for field, value in held.items() if is_finite(value)}
+    usual["lr"] = usual.get("lr") or optimizer.lr
+    try:
+        missing = sorted(set(vars(optimizer)) - set(held))
+        if missing:
+            raise ValueError(f"{type(optimizer).__name__}: {missing[0]} is missing")
+        type(optimizer)(**vars(optimizer) | usual)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the parameter group of table {name!r}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if hasattr(value, "item"):
+        return value.item()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _fault_of(groups: Iterable[Mapping[str, Any]]) -> Fault | None:
+    """The first number of some parameter groups that is not finite, if there is one."""
     for group in groups:
         for name, value in settings_of(group).items():
             if not is_finite(value):
@@ -93,15 +125,6 @@ def is_finite(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return bool(torch.isfinite(value).all())
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def digest_of(groups: Iterable[Mapping[str, Any]], reached: Sequence[str]) -> int:
-    """16 bits of what ranks must have the same, by which they find out that they differ.
-
-    So few that a sum of squares over a thousand ranks is exact in float64.
-    """
-    said = [reached, *(settings_of(group) for group in groups)]
-    return zlib.crc32(repr(said).encode()) & 0xFFFF
 
 
 def fault_of_difference(

@@ -4,12 +4,14 @@
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from shardemb.errors import RunError
+from shardemb.huge_pages import zeros_huge
 from shardemb.modules.training import RowTraining
 from shardemb.optim import SparseOptimizer
 from shardemb.updates.formulas import update_rows
@@ -34,10 +36,8 @@ class NewRows(NamedTuple):
 def state_of(optimizer: SparseOptimizer, weight_RD: torch.Tensor) -> dict[str, torch.Tensor]:
     """State of an optimizer that has not stepped yet, by name, float32 [R, D] or [R]."""
     shape = {"row": weight_RD.shape[:1], "element": weight_RD.shape}
-    return {
-        name: weight_RD.new_zeros(shape[per], dtype=torch.float32)
-        for name, per in optimizer.state.items()
-    }
+    zeros = partial(torch.zeros, device=weight_RD.device) if weight_RD.is_cuda else zeros_huge
+    return {name: zeros(shape[per]) for name, per in optimizer.state.items()}
 
 
 @dataclass(kw_only=True, eq=False)
