@@ -291,7 +291,9 @@ class Merged:
         )
         return list(squares)
 
-    def update(self, trainings: "ctypes.Array[Training]", *, dry: bool = False) -> list[int]:
+    def update(
+        self, trainings: Sequence[Training] | ctypes.Array[Training], *, dry: bool = False
+    ) -> list[int]:
         """Updates the rows.
 
         Args:
@@ -303,6 +305,8 @@ class Merged:
             as it was; -1 where there is none.
         """
         bad_rows = (ctypes.c_int64 * len(self._blocks._blocks))()
+        if not isinstance(trainings, ctypes.Array):
+            trainings = (Training * len(trainings))(*trainings)
         self._check(
             self._c.se_update(
                 self._sorted,

@@ -147,9 +147,10 @@ INLINE int64_t pool(struct part *part, int dtype, int id_bytes, int weighted)
     return -1;
 }
 
-INLINE int64_t copy(struct part *part, int dtype, int id_bytes)
+static int64_t copy(struct part *part)
 {
     const struct lookup *lookup = part->lookup;
+    int dtype = part->block->dtype, id_bytes = lookup->id_bytes;
     int64_t base = part->feature * lookup->num_bags, width = part->block->width;
     int64_t id = offset_at(lookup, base + part->first_bag), seen = id;
     int64_t end = offset_at(lookup, base + part->last_bag);
@@ -168,9 +169,10 @@ INLINE int64_t copy(struct part *part, int dtype, int id_bytes)
     return -1;
 }
 
-INLINE int64_t weigh(struct part *part, int dtype, int id_bytes)
+static int64_t weigh(struct part *part)
 {
     const struct lookup *lookup = part->lookup;
+    int dtype = part->block->dtype, id_bytes = lookup->id_bytes;
     int64_t base = part->feature * lookup->num_bags;
     int64_t id = offset_at(lookup, base + part->first_bag), seen = id;
     int64_t end = offset_at(lookup, base + part->last_bag);
@@ -184,26 +186,25 @@ INLINE int64_t weigh(struct part *part, int dtype, int id_bytes)
     return -1;
 }
 
-INLINE int64_t run_typed(struct part *part, int dtype, int id_bytes)
-{
-    if (part->gradient)
-        return weigh(part, dtype, id_bytes);
-    if (part->lookup->pooling == NO_POOLING)
-        return copy(part, dtype, id_bytes);
-    if (part->lookup->weights)
-        return pool(part, dtype, id_bytes, 1);
-    return pool(part, dtype, id_bytes, 0);
-}
-
-/* By code that is made for the types. */
+/* Pooling is by code that is made for the types. */
 static int64_t run(struct part *part)
 {
-    int wide = part->lookup->id_bytes == 8;
-    switch (part->block->dtype) {
-    case FLOAT32: return wide ? run_typed(part, FLOAT32, 8) : run_typed(part, FLOAT32, 4);
-    case FLOAT16: return wide ? run_typed(part, FLOAT16, 8) : run_typed(part, FLOAT16, 4);
-    default: return wide ? run_typed(part, BFLOAT16, 8) : run_typed(part, BFLOAT16, 4);
-    }
+    if (part->gradient)
+        return weigh(part);
+    if (part->lookup->pooling == NO_POOLING)
+        return copy(part);
+    int weighted = part->lookup->weights != NULL;
+#define CASE(DTYPE, BYTES)                                                                         \
+    if (part->block->dtype == DTYPE && part->lookup->id_bytes == BYTES)                            \
+        return weighted ? pool(part, DTYPE, BYTES, 1) : pool(part, DTYPE, BYTES, 0);
+    CASE(FLOAT32, 8)
+    CASE(FLOAT32, 4)
+    CASE(FLOAT16, 8)
+    CASE(FLOAT16, 4)
+    CASE(BFLOAT16, 8)
+    CASE(BFLOAT16, 4)
+#undef CASE
+    return -1;
 }
 
 static int can_stream(const struct block *blocks, int num_blocks, const struct lookup *lookup)

@@ -5,40 +5,60 @@
 
 #include "rows.h"
 
-INLINE uint32_t bits_of_float(float value)
+INLINE vuint chosen(vint where, vuint yes, vuint no)
 {
-    union { float value; uint32_t bits; } both = {value};
-    return both.bits;
-}
-
-INLINE float float_of_bits(uint32_t bits)
-{
-    union { uint32_t bits; float value; } both = {bits};
-    return both.value;
+    return ((vuint)where & yes) | (~(vuint)where & no);
 }
 
 /* To the nearest bfloat16, a tie to the even one. */
-INLINE uint16_t brain_of_float(float value)
+INLINE vuint nearest_brain(vfloat value)
 {
-    uint32_t bits = bits_of_float(value);
-    uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-    return value == value ? (uint16_t)rounded : (uint16_t)(bits >> 16 | 0x40);
+    vuint bits = (vuint)value, quiet = bits >> 16 | 0x40;
+    return chosen(value == value, (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet);
 }
 
 /* To the nearest float16, a tie to the even one. */
-INLINE uint16_t half_of_float(float value)
+INLINE vuint nearest_half(vfloat value)
 {
-    uint32_t bits = bits_of_float(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    if (magnitude >= 0x7f800000u)
-        return (uint16_t)(sign | 0x7c00 | (magnitude > 0x7f800000u ? 0x200 : 0));
-    if (magnitude >= 0x477ff000u)
-        return (uint16_t)(sign | 0x7c00);
-    if (magnitude < 0x38800000u) { /* subnormal: float32 rounds as it adds a number of that step */
-        float shifted = float_of_bits(magnitude) + 0.5f;
-        return (uint16_t)(sign | (bits_of_float(shifted) - 0x3f000000u));
-    }
-    uint32_t odd = magnitude >> 13 & 1;
-    return (uint16_t)(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
+    vuint sign = (vuint)value >> 16 & 0x8000, magnitude = (vuint)value & 0x7fffffff;
+    vuint normal = (magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    /* float32 rounds to the step of subnormals, as it adds a number of that step */
+    vuint subnormal = (vuint)((vfloat)magnitude + 0.5f) - 0x3f000000u;
+    vuint half = chosen(magnitude < 0x38800000u, subnormal, normal);
+    half = chosen(magnitude >= 0x477ff000u, (vuint){0} + 0x7c00, half);
+    return sign | chosen(magnitude > 0x7f800000u, (vuint){0} + 0x7e00, half);
+}
+
+/* Up where 16 random bits are below the value's part of the step to its neighbour. */
+INLINE vuint half_by_chance(vfloat value, vuint random)
+{
+    vuint sign = (vuint)value >> 16 & 0x8000, magnitude = (vuint)value & 0x7fffffff;
+    vint is_between = magnitude <= 0x477fe000u; /* 65504, beyond which there is no neighbour */
+    magnitude &= (vuint)is_between;
+    vuint exponent = magnitude >> 23;
+    exponent = chosen(exponent > 113, exponent, (vuint){0} + 113); /* of the least normal float16 */
+    vfloat steps = (vfloat)magnitude / (vfloat)((exponent - 10) << 23);
+    vint down = __builtin_convertvector(steps, vint);
+    vfloat part = (steps - __builtin_convertvector(down, vfloat)) * 65536.0f;
+    vint is_up = __builtin_convertvector((vint)random, vfloat) < part;
+    vuint half = ((exponent - 113) << 10) + (vuint)down - (vuint)is_up;
+    return chosen(is_between, sign | half, nearest_half(value));
+}
+
+INLINE vuint brain_by_chance(vfloat value, vuint random)
+{
+    vint is_between = ((vuint)value & 0x7fffffff) <= 0x7f7f0000u; /* the largest bfloat16 */
+    return chosen(is_between, ((vuint)value + random) >> 16, nearest_brain(value));
+}
+
+INLINE vhalf round_lanes(vfloat value, int dtype, int stochastic, vuint random)
+{
+    vuint rounded;
+    if (dtype == FLOAT16)
+        rounded = stochastic ? half_by_chance(value, random) : nearest_half(value);
+    else
+        rounded = stochastic ? brain_by_chance(value, random) : nearest_brain(value);
+    return __builtin_convertvector(rounded, vhalf);
 }
 
 /* SplitMix64's output at an index, from 0, for a seed. */
@@ -50,25 +70,18 @@ INLINE uint64_t drawn(uint64_t seed, uint64_t index)
     return mixed ^ mixed >> 31;
 }
 
-/* Up where 16 random bits are below the value's part of the step to its neighbour. */
-INLINE uint16_t half_by_chance(float value, uint32_t random)
+/* 16 random bits for each of sixteen columns: 64 serve four columns from a multiple of four on. */
+INLINE vuint drawn_lanes(uint64_t seed, int64_t column)
 {
-    uint32_t magnitude = bits_of_float(value) & 0x7fffffff;
-    uint32_t exponent = magnitude >> 23 > 113 ? magnitude >> 23 : 113;
-    float step = float_of_bits((exponent - 10) << 23);
-    float steps = fabsf(value) / step, down = floorf(steps);
-    float rounded = (down + ((float)random < (steps - down) * 65536.0f ? 1.0f : 0.0f)) * step;
-    return half_of_float(copysignf(rounded, value));
-}
-
-INLINE uint16_t round_one(float value, int dtype, int stochastic, uint32_t random)
-{
-    if (dtype == FLOAT16)
-        return stochastic && fabsf(value) <= 65504.0f ? half_by_chance(value, random)
-                                                      : half_of_float(value);
-    if (stochastic && fabsf(value) <= 0x1.fep127f)
-        return (uint16_t)((bits_of_float(value) + random) >> 16);
-    return brain_of_float(value);
+    uint16_t bits[LANES + 4];
+    vhalf lanes;
+    for (int64_t four = 0; four < LANES / 4 + 1; four++) {
+        uint64_t random = drawn(seed, (uint64_t)(column / 4 + four));
+        for (int of = 0; of < 4; of++)
+            bits[4 * four + of] = (uint16_t)(random >> 16 * of);
+    }
+    memcpy(&lanes, bits + column % 4, sizeof lanes);
+    return __builtin_convertvector(lanes, vuint);
 }
 
 #endif

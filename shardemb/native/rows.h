@@ -79,6 +79,14 @@ INLINE float float_of_brain(uint16_t brain)
     return wide.value;
 }
 
+/* The same of sixteen. */
+INLINE vfloat floats_of_halves(vuint halves)
+{
+    vfloat scaled = (vfloat)((halves & 0x7fff) << 13) * 0x1p112f;
+    vuint is_special = (vuint)((halves & 0x7c00) == 0x7c00);
+    return (vfloat)((vuint)scaled | (is_special & 0x7f800000u) | (halves & 0x8000) << 16);
+}
+
 /* Sixteen columns. */
 INLINE vfloat load_lanes(const void *row, int dtype, int64_t column)
 {
@@ -90,10 +98,7 @@ INLINE vfloat load_lanes(const void *row, int dtype, int64_t column)
 #if defined(__AVX512F__)
     return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)half));
 #else
-    vfloat wide;
-    for (int lane = 0; lane < LANES; lane++)
-        wide[lane] = float_of_half(half[lane]);
-    return wide;
+    return floats_of_halves(__builtin_convertvector(*(const vhalf *)half, vuint));
 #endif
 }
 
