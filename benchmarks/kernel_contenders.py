@@ -99,11 +99,11 @@ Make = Callable[[Case, Batches, Env], Step]
 CONTENDERS: dict[str, Make] = {
     OWN_LOOP: own_loop,
     PIPELINE: own_pipeline,
+    BARE: bare_kernel,
     ON_FBGEMM: partial(own_loop, kernel="fbgemm"),
     FBGEMM: fbgemm,
     TORCHREC: torchrec_directly,
     PLAIN: plain,
-    BARE: bare_kernel,
     LOSS: loss_alone,
 }
 ONLY_FUSED = (FBGEMM, TORCHREC)

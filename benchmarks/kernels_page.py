@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarks.cases import EMBEDDING_DIM
 from benchmarks.forward_contenders import GATHER, LONG
+from benchmarks.kernel_contenders import CONTENDERS
 from benchmarks.kernel_targets import AS_INSTALLED, KEPT, batch_of, reached, tables_of
 from benchmarks.script import listed
 from shardemb.text import format_table
@@ -80,7 +81,8 @@ def _steps(measured: Mapping[str, Any]) -> str:
                 *_times(found[name, KEPT]),
                 f"{ideal_ms:.1f}",
             )
-            for name in dict.fromkeys(of["contender"] for of in result["contenders"])
+            for name in CONTENDERS
+            if (name, KEPT) in found
         )
     header = (
         "optimizer",
