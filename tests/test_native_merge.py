@@ -28,6 +28,7 @@ POOLINGS = (
     Shape(weighted=True),
     Shape(pooling="mean"),
     Shape(pooling=None),
+    Shape(pooling=None, weighted=True),  # weights of ids that are not pooled count nowhere
 )
 
 ROUNDING = {"sum": 0.0, None: 0.0, "mean": 1e-5}
@@ -89,6 +90,17 @@ def test_sorting_again_forgets_what_was_sorted() -> None:
     merged.sort([])
     assert [len(of_rows) for of_rows in merged.rows(0)] == [0, 0, 0]
     assert merged.squares() == [0.0, 0.0]
+
+
+def test_more_ids_than_numbers_are_refused_and_the_next_are_sorted() -> None:
+    case = make_case(Shape())
+    merged = case.merged()
+    first_bag_has_all = torch.full_like(case.bags.offsets, 2**32).index_fill(0, torch.tensor(0), 0)
+    with pytest.raises(MemoryError, match="are more than 2\\*\\*32"):
+        merged.sort([(replace(case.bags, offsets=first_bag_has_all), case.grad)])
+    assert len(merged.rows(0)[0]) == 0
+    merged.sort([(case.bags, case.grad)])
+    check([case], merged)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 2**11, 2**20 + 1])

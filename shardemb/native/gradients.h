@@ -31,14 +31,24 @@ INLINE const float *gradient_of(const struct block_sources *its, entry one, floa
     return source->gradient + of * source->stride;
 }
 
+/* Whether all gradients of a block's ids are a stride apart, and none is multiplied by anything. */
+INLINE int is_plain(const struct block_sources *its)
+{
+    return its->count == 1 && !its->bags && !its->sources[0].lookup;
+}
+
 INLINE void sum_lanes(const struct block_sources *its, const entry *entries, int64_t count,
-                      int64_t column, int lanes, float *sum)
+                      int64_t column, int lanes, int plain, float *sum)
 {
     vfloat sums[CHUNK / LANES] = {{0}};
-    int scaled = its->bags != NULL || its->sources[0].lookup != NULL;
+    const float *first = its->sources[0].gradient;
+    int64_t stride = its->sources[0].stride;
+    int scaled = !plain && (its->bags || its->sources[0].lookup);
     for (int64_t id = 0; id < count; id++) {
-        float scale;
-        const float *gradient = gradient_of(its, entries[id], &scale) + column;
+        float scale = 1.0f;
+        const float *gradient = plain ? first + source_of_entry(entries[id]) * stride
+                                      : gradient_of(its, entries[id], &scale);
+        gradient += column;
         for (int part = 0; part < lanes / LANES; part++) {
             vfloat own = load_lanes(gradient, FLOAT32, part * LANES);
             if (scaled)
@@ -55,10 +65,14 @@ INLINE void sum_gradients(const struct block_sources *its, const entry *entries,
                           int64_t width, float *sum)
 {
     int64_t column = 0;
+    int plain = is_plain(its);
     for (; column + CHUNK <= width; column += CHUNK)
-        sum_lanes(its, entries, count, column, CHUNK, sum);
+        if (plain)
+            sum_lanes(its, entries, count, column, CHUNK, 1, sum);
+        else
+            sum_lanes(its, entries, count, column, CHUNK, 0, sum);
     for (; column + LANES <= width; column += LANES)
-        sum_lanes(its, entries, count, column, LANES, sum);
+        sum_lanes(its, entries, count, column, LANES, 0, sum);
     if (column == width)
         return;
     for (int64_t rest = column; rest < width; rest++)

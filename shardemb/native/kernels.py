@@ -2,6 +2,9 @@
 
 Results are the same on any number of threads and at any level of the machine's instructions. All
 tensors are on the CPU and contiguous; callers see to it, as nothing here could tell otherwise.
+
+A process that was forked after its parent had used several threads must use one, as with torch: the
+OpenMP library waits there for threads that were not copied. DataLoader's workers do so.
 """
 
 # R rows of a block, B bags of a feature, F features, N ids, D width, U distinct rows
@@ -202,7 +205,7 @@ class Blocks:
         """The gradient of the weights of summed ids.
 
         Args:
-            bags: With weights, and pooling "sum".
+            bags: With weights, and pooling "sum"; of ids that `look_up` found to be rows.
             grad: Of the output, float32 [B, sum of the features' widths].
 
         Returns:
@@ -264,7 +267,8 @@ class Merged:
 
         Args:
             lookups: Each with the gradient of its output; they and the ids must stay as they are
-                as long as the rest is asked for.
+                as long as the rest is asked for. Of ids that `look_up` found to be rows, which is
+                not checked again; pooled alike, and all or none with weights.
 
         Raises:
             MemoryError: There is not enough, or some block has more than 2**32 ids.

@@ -275,7 +275,8 @@ int64_t se_look_up(const struct block *blocks, int num_blocks, const struct look
     return run_all(blocks, num_blocks, lookup, NULL, largest, num_threads);
 }
 
-/* The gradient of a sum's weights [N], where lookup->output is the gradient of the output. */
+/* The gradient of a sum's weights [N], where lookup->output is the gradient of the output, and
+   se_look_up found all ids to be rows. */
 void se_weigh(const struct block *blocks, int num_blocks, const struct lookup *lookup,
               float *gradient, int num_threads)
 {

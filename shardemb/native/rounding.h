@@ -1,4 +1,4 @@
-/* Rounds rows to 16 bits: to the nearest, or stochastically as `shardemb/updates/rounding.py` says. */
+/* Rounds to 16 bits: to the nearest, or stochastically as `shardemb/updates/rounding.py` says. */
 
 #ifndef SHARDEMB_ROUNDING_H
 #define SHARDEMB_ROUNDING_H
@@ -73,14 +73,11 @@ INLINE uint64_t drawn(uint64_t seed, uint64_t index)
 /* 16 random bits for each of sixteen columns: 64 serve four columns from a multiple of four on. */
 INLINE vuint drawn_lanes(uint64_t seed, int64_t column)
 {
-    uint16_t bits[LANES + 4];
+    uint64_t bits[LANES / 4 + 1];
     vhalf lanes;
-    for (int64_t four = 0; four < LANES / 4 + 1; four++) {
-        uint64_t random = drawn(seed, (uint64_t)(column / 4 + four));
-        for (int of = 0; of < 4; of++)
-            bits[4 * four + of] = (uint16_t)(random >> 16 * of);
-    }
-    memcpy(&lanes, bits + column % 4, sizeof lanes);
+    for (int64_t four = 0; four < LANES / 4 + (column % 4 != 0); four++)
+        bits[four] = drawn(seed, (uint64_t)(column / 4 + four));
+    memcpy(&lanes, (const uint16_t *)bits + column % 4, sizeof lanes);
     return __builtin_convertvector(lanes, vuint);
 }
 

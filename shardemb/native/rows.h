@@ -22,6 +22,8 @@ enum { NO_POOLING, SUM, MEAN };
 
 /* Sums are of sixteen lanes on every machine, so that results do not depend on its level. */
 typedef float vfloat __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float veight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float vfour __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t vint __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t vuint __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t vhalf __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
@@ -116,12 +118,13 @@ INLINE void prefetch(const void *row, size_t bytes)
         __builtin_prefetch((const char *)row + byte, 0, 3);
 }
 
+/* The sum of the lanes, halves by halves. */
 INLINE float total(vfloat lanes)
 {
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; lane++)
-            lanes[lane] += lanes[lane + half];
-    return lanes[0];
+    union { vfloat sixteen; veight eights[2]; } all = {lanes};
+    union { veight eight; vfour fours[2]; } half = {all.eights[0] + all.eights[1]};
+    vfour four = half.fours[0] + half.fours[1];
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 /* The sum of products of two rows, in a fixed order. */

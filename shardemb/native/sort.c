@@ -1,4 +1,4 @@
-/* Sorts the ids of a step by row, so that each row is updated once, on any number of threads alike. */
+/* Sorts the ids of a step by row, so that each is updated once, on any number of threads alike. */
 
 #include <omp.h>
 #include <stdlib.h>
@@ -267,6 +267,7 @@ static void *grown(void *memory, int64_t *capacity, int64_t wanted, size_t size)
 
 void *se_sorted_new(void) { return calloc(1, sizeof(struct sorted)); }
 
+/* What was sorted; memory for the next ids stays. */
 static void forget(struct sorted *sorted)
 {
     free(sorted->units);
@@ -279,15 +280,21 @@ static void forget(struct sorted *sorted)
     sorted->num_blocks = 0;
 }
 
-void se_sorted_free(struct sorted *sorted)
+static void forget_all(struct sorted *sorted)
 {
-    if (!sorted)
-        return;
     forget(sorted);
     free(sorted->entries);
     free(sorted->spare);
     free(sorted->bags);
     free(sorted->weights);
+    *sorted = (struct sorted){0};
+}
+
+void se_sorted_free(struct sorted *sorted)
+{
+    if (!sorted)
+        return;
+    forget_all(sorted);
     free(sorted);
 }
 
@@ -297,7 +304,7 @@ static int64_t plan_jobs(struct job *jobs, struct span *spans, const struct bloc
                          int64_t *num_ids, int64_t *num_weighted)
 {
     int64_t num_sources = 0;
-    int weighted = num_lookups > 0 && lookups[0].weights != NULL;
+    int weighted = num_lookups > 0 && lookups[0].weights && lookups[0].pooling != NO_POOLING;
     *num_ids = *num_weighted = 0;
     for (int number = 0; number < num_blocks; number++) {
         struct job *job = &jobs[number];
@@ -399,7 +406,8 @@ static void sort_jobs(struct sorted *sorted, struct job *jobs, int num_lookups, 
     }
 }
 
-/* Sorts the ids of some lookups; 0, or -1 where memory or 32 bits do not suffice. */
+/* Sorts the ids of some lookups, which se_look_up found to be rows of their blocks; the lookups are
+   pooled alike, and all or none have weights. 0, or -1 where memory or 32 bits do not suffice. */
 int se_sort(struct sorted *sorted, const struct block *blocks, int num_blocks,
             const struct lookup *lookups, int num_lookups, int num_threads)
 {
@@ -424,5 +432,7 @@ int se_sort(struct sorted *sorted, const struct block *blocks, int num_blocks,
     }
     free(jobs);
     free(spans);
+    if (failed) /* what there is of it fits to nothing */
+        forget_all(sorted);
     return failed ? -1 : 0;
 }

@@ -8,7 +8,8 @@
 #include "rounding.h"
 #include "training.h"
 
-#define PREFETCHED 8 /* ids between the prefetch of a gradient or row and its use */
+#define PREFETCHED 8  /* ids between the prefetch of a gradient and its use */
+#define ROWS_AHEAD 32 /* ids between the prefetch of a row, which is farther away, and its use */
 
 /* How many floats of a state each row has; 0: there is no such state. */
 INLINE int64_t momentum_size(const struct block *block, const struct training *how)
@@ -114,16 +115,16 @@ static int64_t update_unit(const struct block *block, const struct training *how
                            const struct block_sources *its, const struct unit *unit,
                            const struct row *row, vhalf *halves, int dry)
 {
-    int64_t bad = -1, seen = 0, previous = -1;
+    int64_t bad = -1, seen = 0, seen_rows = 0, previous = -1;
     for (int64_t index = 0, end; index < unit->count; index = end) {
         end = same_row(unit->entries, index, unit->count);
-        for (; seen < unit->count && seen < end + PREFETCHED; seen++) {
-            prefetch_gradient(its, unit->entries[seen], block->width);
-            if (row_of_entry(unit->entries[seen]) != previous) {
-                previous = row_of_entry(unit->entries[seen]);
+        for (; seen_rows < unit->count && seen_rows < end + ROWS_AHEAD; seen_rows++)
+            if (row_of_entry(unit->entries[seen_rows]) != previous) {
+                previous = row_of_entry(unit->entries[seen_rows]);
                 prefetch_row(block, how, previous);
             }
-        }
+        for (; seen < unit->count && seen < end + PREFETCHED; seen++)
+            prefetch_gradient(its, unit->entries[seen], block->width);
         int64_t number = row_of_entry(unit->entries[index]);
         if (!moves(how, number))
             continue;
