@@ -1,14 +1,12 @@
-"""What `step.py` measures: the same tables and batches by each contender. Times nothing."""
+"""Who trains the tables of a case: shardemb, and what a user would take instead. Times nothing."""
 
 # B batch, D embedding_dim
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torchrec
@@ -24,12 +22,12 @@ from torchrec.distributed.sharding_plan import (
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
 import shardemb as se
-from shardemb import layouts, optim
+from benchmarks.cases import EMBEDDING_DIM, LR, OPTIMIZERS, START, Batches, Case, zipf_batches
+from shardemb import init, layouts
 from shardemb.env import Env
+from shardemb.kernel_choice import KernelChoice
 from shardemb.planning.sharders import PooledSharder
 
-NUM_TABLES, NUM_EMBEDDINGS, EMBEDDING_DIM, LR = 26, 100_000, 64, 0.01
-NAMES = [f"t{number}" for number in range(NUM_TABLES)]
 TORCHREC, PIPELINE, OWN_LOOP, IN_ORDER, PLAIN = (
     "TorchRec used directly",
     "shardemb, TrainPipeline",
@@ -37,34 +35,8 @@ TORCHREC, PIPELINE, OWN_LOOP, IN_ORDER, PLAIN = (
     "shardemb, own loop, declared order",
     "nn.EmbeddingBag(sparse=True)",
 )
-OPTIMIZERS: dict[str, optim.SparseOptimizer] = {
-    "SGD": optim.SGD(lr=LR),
-    "Adagrad": optim.Adagrad(lr=LR),
-    "RowWiseAdagrad": optim.RowWiseAdagrad(lr=LR),
-}
-IdArray = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One workload."""
-
-    optimizer: str
-    batch_size: int
-    ids_per_bag: int
-    layout: str
-    world_size: int
-
-
-CASES = [
-    Case(
-        optimizer=optimizer, batch_size=batch_size, ids_per_bag=ids, layout=layout, world_size=ranks
-    )
-    for batch_size, ids in ((8192, 1), (2048, 20))
-    for optimizer in OPTIMIZERS
-    for ranks, layout in ((1, "table_wise"), (2, "table_wise"), (2, "row_wise"))
-    if optimizer == "RowWiseAdagrad" or ranks == 1
-]
+Step = Callable[[], object]
+"""A step of training; what it returns is of no account."""
 
 
 class Mean(nn.Module):
@@ -93,82 +65,72 @@ class Bags(nn.Module):
 
     def forward(self, batch: KeyedJaggedTensor) -> torch.Tensor:
         """The loss."""
-        features = [batch[name] for name in batch.keys()]  # noqa: SIM118 - not a dict
-        pooled = [
-            bag(feature.values(), feature.offsets())
-            for bag, feature in zip(self.bags, features, strict=True)
+        return torch.cat(self.pooled(batch), 1).mean()
+
+    def pooled(self, batch: KeyedJaggedTensor) -> list[torch.Tensor]:
+        """Of each bag; the batch keeps its features' offsets, as a user would."""
+        features = batch.to_dict()
+        return [
+            bag(features[name].values(), features[name].offsets())
+            for name, bag in zip(features, self.bags, strict=True)
         ]
-        return torch.cat(pooled, 1).mean()
 
 
-def some_bags(*, sparse: bool) -> Bags:
+def some_bags(case: Case, *, sparse: bool) -> Bags:
     """Those of the tables."""
     return Bags(
-        nn.EmbeddingBag(
-            NUM_EMBEDDINGS, EMBEDDING_DIM, mode="sum", sparse=sparse, include_last_offset=True
+        nn.EmbeddingBag.from_pretrained(
+            torch.full((case.num_embeddings, EMBEDDING_DIM), START),
+            freeze=False,
+            mode="sum",
+            sparse=sparse,
+            include_last_offset=True,
         )
-        for _ in NAMES
+        for _ in case.names
     )
 
 
-def zipf_ids(num_embeddings: int, shape: tuple[int, ...], count: int) -> Iterator[IdArray]:
-    """Arrays of Zipf(1.05) ids, scattered over the rows."""
-    weights = 1 / np.arange(1, num_embeddings + 1) ** 1.05
-    cdf = np.cumsum(weights / weights.sum())
-    for number in range(count):
-        popular = np.searchsorted(cdf, np.random.default_rng(number).random(shape))
-        yield np.minimum(popular, num_embeddings - 1) * 7919 % num_embeddings
-
-
-def zipf_batches(case: Case, env: Env, count: int = 8) -> list[KeyedJaggedTensor]:
-    """This rank's part of global batches."""
-    mine = case.batch_size // env.world_size
-    first = env.rank * mine * case.ids_per_bag
-    lengths = torch.full((NUM_TABLES * mine,), case.ids_per_bag)
-    shape = (NUM_TABLES, case.batch_size * case.ids_per_bag)
-    parts = (
-        ids[:, first : first + mine * case.ids_per_bag]
-        for ids in zipf_ids(NUM_EMBEDDINGS, shape, count)
-    )
-    return [
-        KeyedJaggedTensor(keys=NAMES, values=torch.from_numpy(part.ravel()), lengths=lengths)
-        for part in parts
-    ]
-
-
-Batches = list[KeyedJaggedTensor]
-
-
-def loop(model: nn.Module, optimizer: Any, batches: Batches) -> Callable[[], object]:
-    """A step of a plain training loop."""
+def loop(model: nn.Module, optimizer: Any, batches: Batches) -> Step:
+    """A step of a plain training loop; returns the loss."""
     upcoming = cycle(batches)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         optimizer.zero_grad()
-        model(next(upcoming)).backward()
+        loss: torch.Tensor = model(next(upcoming))
+        loss.backward()
         optimizer.step()
+        return loss.detach()
 
     return step
 
 
-def plain(case: Case, batches: list[KeyedJaggedTensor]) -> Callable[[], object]:
-    """nn.EmbeddingBag with a torch optimizer; Adagrad stands for its row-wise kin."""
-    model = some_bags(sparse=True)
-    make = torch.optim.SGD if case.optimizer == "SGD" else torch.optim.Adagrad
-    return loop(model, make(model.parameters(), lr=LR), batches)
+TORCH_OPTIMIZERS = {
+    "SGD": torch.optim.SGD,
+    "Adagrad": torch.optim.Adagrad,
+    "RowWiseAdagrad": torch.optim.Adagrad,
+    "Adam": torch.optim.SparseAdam,
+}
+"""Adagrad stands for its row-wise kin."""
 
 
-def torchrec_directly(case: Case, batches: Batches, env: Env) -> Callable[[], object]:
+def plain(case: Case, batches: Batches, env: Env) -> Step:  # noqa: ARG001 - called as others are
+    """nn.EmbeddingBag with a torch optimizer."""
+    model = some_bags(case, sparse=True)
+    return loop(model, TORCH_OPTIMIZERS[case.optimizer](model.parameters(), lr=LR), batches)
+
+
+def torchrec_directly(case: Case, batches: Batches, env: Env) -> Step:
     """TorchRec as its tutorials have it."""
     collection = EmbeddingBagCollection(
         tables=[
             EmbeddingBagConfig(
                 name=name,
-                num_embeddings=NUM_EMBEDDINGS,
+                num_embeddings=case.num_embeddings,
                 embedding_dim=EMBEDDING_DIM,
                 feature_names=[name],
+                init_fn=partial(nn.init.constant_, val=START),
             )
-            for name in NAMES
+            for name in case.names
         ],
         device=torch.device("meta"),
     )
@@ -183,7 +145,7 @@ def torchrec_directly(case: Case, batches: Batches, env: Env) -> Callable[[], ob
         name: row_wise(compute_kernel="fused")
         if case.layout == "row_wise"
         else table_wise(rank=number % env.world_size, compute_kernel="fused")
-        for number, name in enumerate(NAMES)
+        for number, name in enumerate(case.names)
     }
     plan = construct_module_sharding_plan(
         collection, where, PooledSharder(), env.world_size, env.world_size, "cpu"
@@ -198,40 +160,47 @@ def torchrec_directly(case: Case, batches: Batches, env: Env) -> Callable[[], ob
     return loop(sharded, sharded.fused_optimizer, batches)
 
 
-def shardemb(case: Case, env: Env, *, declared_order: bool = False) -> tuple[nn.Module, Any]:
+def shardemb(
+    case: Case, env: Env, *, declared_order: bool = False, kernel: KernelChoice = "auto"
+) -> tuple[nn.Module, Any]:
     """The same through shardemb."""
     tables = [
         se.TableConfig(
             name=name,
-            num_embeddings=NUM_EMBEDDINGS,
+            num_embeddings=case.num_embeddings,
             embedding_dim=EMBEDDING_DIM,
             feature_names=(name,),
             optimizer=OPTIMIZERS[case.optimizer],
+            init=init.Constant(value=START),
         )
-        for name in NAMES
+        for name in case.names
     ]
     model = Mean(se.EmbeddingBagCollection(tables))
     where: dict[str, layouts.Layout] = {
         name: layouts.row_wise()
         if case.layout == "row_wise"
         else layouts.table_wise(rank=number % env.world_size)
-        for number, name in enumerate(NAMES)
+        for number, name in enumerate(case.names)
     }
-    plan = se.plan_sharding(model, env, where)
+    plan = se.plan_sharding(model, env, where, kernel=kernel)
     sharded = se.shard_modules(model, plan, env, declared_order=declared_order)
     return sharded, se.build_optimizer(sharded)
 
 
-def contenders(case: Case, env: Env) -> dict[str, Callable[[], object]]:
+def pipeline(model: nn.Module, optimizer: Any, batches: Batches, env: Env) -> Step:
+    """A step of a TrainPipeline; returns the number of the step and its loss."""
+    endless: Iterator[Any] = se.TrainPipeline(model, optimizer, env).run(cycle(batches), 10**9)
+    return lambda: next(endless)
+
+
+def contenders(case: Case, env: Env) -> dict[str, Step]:
     """A step of each."""
     batches = zipf_batches(case, env)
     steps = {TORCHREC: torchrec_directly(case, batches, env)}
-    model, optimizer = shardemb(case, env)
-    endless: Iterator[Any] = se.TrainPipeline(model, optimizer, env).run(cycle(batches), 10**9)
-    steps[PIPELINE] = lambda: next(endless)
+    steps[PIPELINE] = pipeline(*shardemb(case, env), batches, env)
     steps[OWN_LOOP] = loop(*shardemb(case, env), batches)
     if case.layout == "table_wise" and env.world_size > 1:
         steps[IN_ORDER] = loop(*shardemb(case, env, declared_order=True), batches)
     if env.world_size == 1:
-        steps[PLAIN] = plain(case, batches)
+        steps[PLAIN] = plain(case, batches, env)
     return steps

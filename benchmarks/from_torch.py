@@ -19,17 +19,15 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import shardemb as se
-from benchmarks.contenders import (
+from benchmarks.cases import (
     EMBEDDING_DIM,
     NUM_EMBEDDINGS,
     NUM_TABLES,
     OPTIMIZERS,
     Case,
-    loop,
-    shardemb,
-    some_bags,
     zipf_batches,
 )
+from benchmarks.contenders import loop, shardemb, some_bags
 from benchmarks.machine import copy_gb_per_s, describe, random_row_gb_per_s
 from benchmarks.ranks import on_ranks, take_turns
 from benchmarks.script import listed, parser_of, write_result
@@ -43,7 +41,7 @@ TOGETHER, ALONE = "one EmbeddingBagCollection", "from_torch, table by table"
 
 def converted(case: Case, env: Env) -> tuple[nn.Module, Any]:
     """The bags, sharded as the collection is."""
-    model = se.from_torch(some_bags(sparse=False), OPTIMIZERS[case.optimizer])
+    model = se.from_torch(some_bags(case, sparse=False), OPTIMIZERS[case.optimizer])
     where: dict[str, layouts.Layout] = {
         f"bags_{number}": layouts.row_wise()
         if case.layout == "row_wise"

@@ -10,7 +10,8 @@ from torch import nn
 from torchrec import KeyedJaggedTensor
 
 import shardemb as se
-from benchmarks.contenders import EMBEDDING_DIM, LR, Bags, Batches, Mean, zipf_ids
+from benchmarks.cases import EMBEDDING_DIM, LR, START, Batches, zipf_ids
+from benchmarks.contenders import Bags, Mean
 from shardemb import init, layouts, optim
 from shardemb.env import Env
 
@@ -47,7 +48,7 @@ def shardemb(optimizer: optim.SparseOptimizer) -> Contender:
             embedding_dim=EMBEDDING_DIM,
             feature_names=("feature",),
             optimizer=optimizer,
-            init=init.Constant(value=0.1),
+            init=init.Constant(value=START),
         )
         model = Mean(se.EmbeddingBagCollection([table]))
         plan = se.plan_sharding(model, env, {"table": layouts.table_wise(rank=0)})
@@ -73,7 +74,7 @@ def of_torch(
     num_embeddings: int, kind: Callable[..., torch.optim.Optimizer], *, sparse: bool
 ) -> Trained:
     """nn.EmbeddingBag and an optimizer of torch."""
-    weight_RD = torch.full((num_embeddings, EMBEDDING_DIM), 0.1)
+    weight_RD = torch.full((num_embeddings, EMBEDDING_DIM), START)
     bag = nn.EmbeddingBag.from_pretrained(
         weight_RD, freeze=False, mode="sum", sparse=sparse, include_last_offset=True
     )

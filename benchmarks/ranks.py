@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import shardemb as se
+from shardemb.env import Env
 
 KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """For times: memory that was freed is used again; else each step pays for page faults."""
@@ -35,21 +36,35 @@ def on_ranks(
     glibc reads it when the process starts that forks the ranks.
     """
     os.environ |= malloc
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["shardemb.shard"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launched = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size // num_nodes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    launched = to_launch(world_size, num_nodes=num_nodes)
     with tempfile.TemporaryDirectory() as out:
         mp.start_processes(
             _run_rank, (launched, out, function, args), world_size, start_method="forkserver"
         )
         return [json.loads(Path(out, f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def to_launch(world_size: int, *, num_nodes: int = 1) -> dict[str, str]:
+    """What the environment of new processes must say, which a server forks ready to start."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["shardemb.shard"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size // num_nodes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def joined(rank: int, launched: dict[str, str]) -> Env:
+    """This process as a rank of them, with its share of cores."""
+    local_rank = rank % int(launched["LOCAL_WORLD_SIZE"])
+    os.environ |= launched | {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+    num_threads = len(os.sched_getaffinity(0)) // int(launched["WORLD_SIZE"])
+    torch.set_num_threads(max(1, num_threads))
+    return se.init_distributed(device="cpu")
 
 
 def _run_rank(
@@ -59,11 +74,7 @@ def _run_rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    local_rank = rank % int(launched["LOCAL_WORLD_SIZE"])
-    os.environ |= launched | {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
-    num_threads = len(os.sched_getaffinity(0)) // int(launched["WORLD_SIZE"])
-    torch.set_num_threads(max(1, num_threads))
-    found = function(se.init_distributed(device="cpu"), *args)
+    found = function(joined(rank, launched), *args)
     Path(out, f"{rank}.json").write_text(json.dumps(found))
 
 

@@ -17,18 +17,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.contenders import (
-    CASES,
+from benchmarks.cases import (
     EMBEDDING_DIM,
-    NAMES,
+    FUSED,
     NUM_EMBEDDINGS,
     NUM_TABLES,
     OPTIMIZERS,
-    TORCHREC,
     Case,
-    contenders,
     zipf_batches,
 )
+from benchmarks.contenders import TORCHREC, contenders
 from benchmarks.machine import copy_gb_per_s, describe, random_row_gb_per_s
 from benchmarks.ranks import on_ranks, take_turns
 from benchmarks.script import listed, parser_of, write_result
@@ -36,14 +34,24 @@ from shardemb.env import Env
 from shardemb.optim import SparseOptimizer
 from shardemb.text import format_table
 
+CASES = [
+    Case(
+        optimizer=optimizer, batch_size=batch_size, ids_per_bag=ids, layout=layout, world_size=ranks
+    )
+    for batch_size, ids in ((8192, 1), (2048, 20))
+    for optimizer in FUSED
+    for ranks, layout in ((1, "table_wise"), (2, "table_wise"), (2, "row_wise"))
+    if optimizer == "RowWiseAdagrad" or ranks == 1
+]
+
 
 def ideal_bytes(case: Case) -> float:
     """Bytes that a step must move at least, the median over batches."""
     touched = median(
-        sum(batch[name].values().unique().numel() for name in NAMES)
+        sum(batch[name].values().unique().numel() for name in case.names)
         for batch in zipf_batches(case, Env())
     )
-    num_bags = NUM_TABLES * case.batch_size
+    num_bags = case.num_tables * case.batch_size
     return least_bytes(num_bags, case.ids_per_bag, touched, OPTIMIZERS[case.optimizer])
 
 

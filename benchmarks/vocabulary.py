@@ -18,7 +18,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.contenders import EMBEDDING_DIM, Batches, loop
+from benchmarks.cases import EMBEDDING_DIM, Batches
+from benchmarks.contenders import loop
 from benchmarks.machine import copy_gb_per_s, describe, random_row_gb_per_s
 from benchmarks.memory_and_bytes import resident_bytes, tensors_of
 from benchmarks.one_table import (
