@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from shardemb.exchange.group import BACKEND, Options, register
+from shardemb.exchange.group import BACKEND, register
 from shardemb.native.library import library
 
 _made: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
@@ -19,7 +19,8 @@ def exchange_group(device: torch.device, *, host: str | None = None) -> dist.Pro
 
     Args:
         device: Of the tensors.
-        host: Equal on ranks that share memory; by default found out. Counts at the first call.
+        host: Equal on ranks that share memory; by default found out. Counts at the first call, for
+            all groups that follow.
 
     Returns:
         Our own group on the CPU; WORLD for other devices, for one rank, or where any rank has none
@@ -69,10 +70,9 @@ def _new_group(
     dist.all_reduce(has_library, op=dist.ReduceOp.MIN)
     if not has_library:
         return world
-    register()
+    register(host)
     group: dist.ProcessGroup = dist.new_group(
         timeout=world._get_backend(device).options._timeout,
         backend=BACKEND,
-        pg_options=Options(host=host),
     )
     return group

@@ -1,8 +1,8 @@
 """A process group of torch: shared memory between ranks of one host, gloo between hosts."""
 
+import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +18,6 @@ from shardemb.native.library import library
 BACKEND = "shardemb"
 """What `torch.distributed.new_group(backend=...)` knows it by, after `register`."""
 _ProcessGroup: Any = dist.ProcessGroup  # its methods are overloaded in ways that nobody calls
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What may be said when a group is made, as `pg_options`.
-
-    Attributes:
-        host: Equal on ranks that share memory; by default found out.
-    """
-
-    host: str | None = None
 
 
 class Done(dist._Work):
@@ -199,20 +188,24 @@ class ExchangeGroup(_ProcessGroup):  # type: ignore[misc]
             getattr(self.collectives, name)(*arguments)
 
 
-def register() -> None:
-    """Makes `torch.distributed.new_group(backend=BACKEND)` work."""
-    if BACKEND not in dist.Backend.backend_list:
-        operators.define()
-        dist.Backend.register_backend(BACKEND, _new_group, extended_api=True, devices=["cpu"])
+def register(host: str | None = None) -> None:
+    """Makes `torch.distributed.new_group(backend=BACKEND)` work.
+
+    Args:
+        host: Equal on ranks that share memory; by default found out.
+    """
+    operators.define()
+    dist.Backend.register_backend(
+        BACKEND, functools.partial(_new_group, host), extended_api=True, devices=["cpu"]
+    )
 
 
-def _new_group(made: Any, options: Options | None) -> ExchangeGroup:
+def _new_group(host: str | None, made: Any, options: Any) -> ExchangeGroup:  # noqa: ARG001
     """What torch calls on each rank of a new group."""
     rank, size = made.group_rank, made.group_size
     gloo = dist.ProcessGroupGloo(made.store, rank, size, timeout=made.timeout)
     ranks = made.global_ranks_in_group or range(size)
-    member = Member(gloo=gloo, rank=rank, size=size, ranks=ranks)
-    return ExchangeGroup(member, None if options is None else options.host)
+    return ExchangeGroup(Member(gloo=gloo, rank=rank, size=size, ranks=ranks), host)
 
 
 def _collectives_of(member: Member, host: str | None) -> Collectives:

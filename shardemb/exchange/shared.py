@@ -137,7 +137,7 @@ class SharedMemory:
             if why < 0:
                 continue
             awaited.append(place)
-            if has_ended:
+            if has_ended and why < _GAVE_UP:
                 text = f"{self._name(place)} has ended, and did not come to {name_of(call)}"
                 self._refuse(text, _GAVE_UP + place)
             if why > 0:
