@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-HALF_BYTES = 1 << 20
+HALF_BYTES = 1 << 21
 """A rank holds two of these for each group, and what is larger goes through them piece by piece."""
 
 

@@ -58,7 +58,8 @@ class SeveralHosts:
         near: Sequence[int],
         memory: SharedMemory | None,
     ) -> None:
-        self._library, self._member, self._near, self._memory = library, member, near, memory
+        self._library, self._member, self._near = library, member, near
+        self.memory = memory
         self._is_near = [rank in near for rank in range(member.size)]
 
     def run(
@@ -95,8 +96,8 @@ class SeveralHosts:
 
     def leave(self) -> None:
         """Tells the neighbours that this rank takes part in nothing more."""
-        if self._memory is not None:
-            self._memory.leave()
+        if self.memory is not None:
+            self.memory.leave()
 
     def _move(self, call: int, item_bytes: int, parts: Parts) -> None:
         starts, sent, to, awaited = parts
@@ -106,9 +107,9 @@ class SeveralHosts:
         _copy(starts, accumulate(far_sent[:-1], initial=send.data_ptr()), far_sent)
         receive = torch.empty(sum(far_awaited), dtype=torch.uint8)
         work = self._member.gloo.alltoall_base(receive, send, far_awaited, far_sent)
-        if self._memory is not None:
+        if self.memory is not None:
             near = tuple([values[rank] for rank in self._near] for values in parts)
-            self._memory.run(call, item_bytes, near)  # type: ignore[arg-type]
+            self.memory.run(call, item_bytes, near)  # type: ignore[arg-type]
         else:
             me = self._member.rank
             Alone().run(call, item_bytes, tuple([values[me]] for values in parts))  # type: ignore[arg-type]

@@ -237,11 +237,17 @@ static void put(Exchange *x)
     wake(control_of(x, x->me));
 }
 
+/* While the others come. */
+static void keep_own(const Exchange *x)
+{
+    int64_t bytes = least(x->sent[x->me], x->awaited[x->me]);
+    if (bytes && x->to[x->me] != x->from[x->me])
+        memmove(x->to[x->me], x->from[x->me], bytes);
+}
+
 static void get(const Exchange *x)
 {
     int64_t start = x->round * piece_bytes(x);
-    if (x->round == 0 && x->to[x->me] != x->from[x->me] && x->awaited[x->me])
-        memmove(x->to[x->me], x->from[x->me], x->awaited[x->me]);
     for (int step = 1; step < x->size; step++) {
         int sender = (x->me + step) % x->size;
         if (x->awaited[sender] > start)
@@ -369,6 +375,8 @@ int se_exchange_go(Exchange *x)
     for (;;) {
         if (x->stage == PUT) {
             put(x);
+            if (x->round == 0 && x->type < 0)
+                keep_own(x);
             x->stage = WAIT;
         }
         if (x->stage == WAIT) {
