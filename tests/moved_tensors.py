@@ -130,6 +130,8 @@ def check_sums(env: Env, group: dist.ProcessGroup) -> None:
                 torch.testing.assert_close(
                     total, expected.to(dtype), rtol=tolerance, atol=0, msg=f"{dtype} {op} {num}"
                 )
+    for dtype in (torch.float16, torch.bfloat16):
+        check_all_halves(env, group, dtype)
     for total in (torch.rand(1_001) / 3, torch.rand(LARGE) / 3):
         dist.all_reduce(total, group=group)
         of_all = [torch.empty_like(total) for _ in range(env.world_size)]
@@ -137,6 +139,16 @@ def check_sums(env: Env, group: dist.ProcessGroup) -> None:
         assert all(torch.equal(total, other) for other in of_all)  # the same bits on all ranks
     with pytest.raises(ValueError, match=r"tensors of torch\.int64 cannot be reduced by avg"):
         dist.all_reduce(torch.ones(1, dtype=torch.int64), dist.ReduceOp.AVG, group=group)
+
+
+def check_all_halves(env: Env, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+    """Each number of two bytes, and the sum of two."""
+    numbers = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    of_ranks = [numbers, torch.full_like(numbers, 0.3), *[torch.zeros_like(numbers)] * 2]
+    total = of_ranks[env.rank].clone()
+    dist.all_reduce(total, group=group)
+    expected = (numbers.float() + of_ranks[1].float()).to(dtype)
+    torch.testing.assert_close(total, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def check_scattered_sums(env: Env, group: dist.ProcessGroup) -> None:

@@ -1,7 +1,11 @@
 """What becomes of an exchange when a rank dies, stops, leaves or is interrupted."""
 
 import os
+import re
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -151,3 +155,46 @@ def test_memory_goes_with_the_group(env: Env) -> None:
     again = dist.PrefixStore("again", store)
     dist.init_process_group("gloo", store=again, rank=env.rank, world_size=2)
     assert total_of(exchange_group(env.device)).tolist() == [2, 2]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("how", "statuses", "said"),
+    [
+        ("done", (0, 0), ("", "")),
+        ("return", (1, 0), (r"rank 1 \(process \d+\) has (ended|left)", "")),
+        ("error", (1, 1), (r"rank 1 \(process \d+\) has (ended|left)", "this rank's own fault")),
+        ("interrupt", (1, 1), ("KeyboardInterrupt", "KeyboardInterrupt")),
+    ],
+)
+def test_scripts_end_at_once_and_say_why(
+    how: str, statuses: tuple[int, int], said: tuple[str, str]
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environments = [
+        os.environ | launched | {"MASTER_PORT": str(port), "RANK": rank, "LOCAL_RANK": rank}
+        for rank in ("0", "1")
+    ]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.exchange_script", how],
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for environment in environments
+    ]
+    for rank in ranks:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == "exchanged\n"
+    start = time.monotonic()
+    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert time.monotonic() - start < 2 * SOON_S
+    assert tuple(rank.returncode for rank in ranks) == statuses, errors
+    for text, error in zip(said, errors, strict=True):
+        assert re.search(text, error)

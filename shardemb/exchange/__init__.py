@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from shardemb.exchange.group import BACKEND, register
-from shardemb.native.library import library
+from shardemb.exchange.neighbours import compiled
 
 _made: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
@@ -66,9 +66,9 @@ def group_of(ranks: Sequence[int], device: torch.device) -> dist.ProcessGroup:
 def _new_group(
     world: dist.ProcessGroup, device: torch.device, host: str | None
 ) -> dist.ProcessGroup:
-    has_library = torch.tensor(library() is not None, dtype=torch.uint8)
-    dist.all_reduce(has_library, op=dist.ReduceOp.MIN)
-    if not has_library:
+    has_code = torch.tensor(compiled() is not None, dtype=torch.uint8)
+    dist.all_reduce(has_code, op=dist.ReduceOp.MIN)
+    if not has_code:
         return world
     register(host)
     group: dist.ProcessGroup = dist.new_group(

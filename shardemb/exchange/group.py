@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 
 from shardemb.exchange import operators
-from shardemb.exchange.neighbours import Member, find_neighbours, host_id
+from shardemb.exchange.neighbours import Member, compiled, find_neighbours, host_id
 from shardemb.exchange.several_hosts import Alone, SeveralHosts
 from shardemb.exchange.shared import SharedMemory
 from shardemb.exchange.tensors import Collectives, Route
-from shardemb.native.library import library
 
 BACKEND = "shardemb"
 """What `torch.distributed.new_group(backend=...)` knows it by, after `register`."""
@@ -218,14 +217,14 @@ def _collectives_of(member: Member, host: str | None) -> Collectives:
 
 
 def _meet(member: Member, host: str) -> tuple[bool, Route]:
-    compiled = library()
-    hosts, neighbours = find_neighbours(member, compiled, host)
+    code = compiled()
+    hosts, neighbours = find_neighbours(member, code, host)
     near = [rank for rank, number in enumerate(hosts) if number == hosts[member.rank]]
     memory = None
     if neighbours:
-        assert compiled is not None
+        assert code is not None
         memory = SharedMemory(
-            compiled,
+            code,
             neighbours,
             ranks=[member.ranks[rank] for rank in near],
             me=near.index(member.rank),
@@ -234,7 +233,7 @@ def _meet(member: Member, host: str) -> tuple[bool, Route]:
         )
         if len(near) == member.size:
             return True, memory
-    return False, SeveralHosts(compiled, member, near, memory)
+    return False, SeveralHosts(code, member, near, memory)
 
 
 def _operation_of(opts: Any) -> int:

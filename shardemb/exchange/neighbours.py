@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import secrets
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from shardemb.native.library import library
 
 HALF_BYTES = 1 << 21
 """A rank holds two of these for each group, and what is larger goes through them piece by piece."""
@@ -64,14 +67,19 @@ def host_id() -> str:
     return f"{boot.read_text()} {os.readlink('/proc/self/ns/pid')}"
 
 
+def compiled() -> ctypes.CDLL | None:
+    """The compiled code, where it has an exchange."""
+    return library() if sys.platform == "linux" else None
+
+
 def find_neighbours(
-    member: Member, library: ctypes.CDLL | None, host: str
+    member: Member, code: ctypes.CDLL | None, host: str
 ) -> tuple[list[int], list[Neighbour]]:
     """Finds the ranks on this host and maps their memory. On all ranks of the group together.
 
     Args:
         member: This rank.
-        library: The compiled code, if there is any.
+        code: The compiled code, if there is any.
         host: Equal on ranks that are on one host.
 
     Returns:
@@ -80,15 +88,15 @@ def find_neighbours(
     """
     digest = hashlib.sha256(host.encode()).digest()
     mine = [int.from_bytes(digest[start : start + 7], "little") for start in (0, 7)]
-    hosts = member.gather([*mine, library is not None])
-    if not all(has_library for *_, has_library in hosts):
+    hosts = member.gather([*mine, code is not None])
+    if not all(has_code for *_, has_code in hosts):
         return list(range(member.size)), []
     firsts = [hosts.index(host) for host in hosts]
     near = [rank for rank, first in enumerate(firsts) if first == firsts[member.rank]]
     memory = None
-    if library is not None and len(near) > 1:
+    if code is not None and len(near) > 1:
         with suppress(OSError):
-            memory = _Memory(library, len(near))
+            memory = _Memory(code, len(near))
     said = member.gather([0, 0, 0] if memory is None else [os.getpid(), memory.file, memory.token])
     found = None if memory is None else memory.map_all(near, said, member.rank)
     has_all = member.gather([found is not None or len(near) == 1])
@@ -99,22 +107,22 @@ def find_neighbours(
     numbers = [member.size + rank if first in apart else first for rank, first in enumerate(firsts)]
     if firsts[member.rank] in apart and memory is not None:
         for neighbour in found or []:
-            forget(neighbour, library, memory.num_bytes)  # type: ignore[arg-type]
+            forget(neighbour, code, memory.num_bytes)  # type: ignore[arg-type]
         found = None
     return numbers, found or []
 
 
-def forget(neighbour: Neighbour, library: ctypes.CDLL, num_bytes: int) -> None:
+def forget(neighbour: Neighbour, code: ctypes.CDLL, num_bytes: int) -> None:
     """Unmaps a neighbour's memory."""
-    library.se_exchange_unmap(ctypes.c_void_p(neighbour.memory), ctypes.c_int64(num_bytes))
+    code.se_exchange_unmap(ctypes.c_void_p(neighbour.memory), ctypes.c_int64(num_bytes))
     if neighbour.handle >= 0:
         os.close(neighbour.handle)
 
 
-def bytes_of(library: ctypes.CDLL, size: int) -> int:
+def bytes_of(code: ctypes.CDLL, size: int) -> int:
     """Bytes that each of `size` neighbours shares."""
-    library.se_exchange_bytes.restype = ctypes.c_int64
-    num_bytes: int = library.se_exchange_bytes(size, ctypes.c_int64(HALF_BYTES))
+    code.se_exchange_bytes.restype = ctypes.c_int64
+    num_bytes: int = code.se_exchange_bytes(size, ctypes.c_int64(HALF_BYTES))
     return num_bytes
 
 
@@ -122,17 +130,17 @@ class _Memory:
     """Memory without a name, which ends with the last process that has mapped it.
 
     Args:
-        library: The compiled code.
+        code: The compiled code.
         size: Number of ranks that are to share it.
     """
 
-    def __init__(self, library: ctypes.CDLL, size: int) -> None:
-        self._library = library
-        self.num_bytes = bytes_of(library, size)
+    def __init__(self, code: ctypes.CDLL, size: int) -> None:
+        self._code = code
+        self.num_bytes = bytes_of(code, size)
         self.file = os.memfd_create("shardemb-exchange")
         os.ftruncate(self.file, self.num_bytes)
         self.token = secrets.randbits(62)
-        library.se_exchange_map.restype = ctypes.c_void_p
+        code.se_exchange_map.restype = ctypes.c_void_p
         os.pwrite(self.file, self.token.to_bytes(8, "little"), 8)
 
     def map_all(
@@ -145,7 +153,7 @@ class _Memory:
                 found.append(self._map(rank, said[rank], is_me=rank == me))  # noqa: PERF401
         except OSError:
             for neighbour in found:
-                forget(neighbour, self._library, self.num_bytes)
+                forget(neighbour, self._code, self.num_bytes)
             return None
         return found
 
@@ -157,7 +165,7 @@ class _Memory:
             file = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR)
             if os.pread(file, 8, 8) != token.to_bytes(8, "little"):
                 raise OSError(f"process {process} is not rank {rank}")
-            memory = self._library.se_exchange_map(file, ctypes.c_int64(self.num_bytes))
+            memory = self._code.se_exchange_map(file, ctypes.c_int64(self.num_bytes))
             if not memory:
                 raise OSError(f"the memory of rank {rank} cannot be mapped")
         except OSError:

@@ -6,6 +6,8 @@ from itertools import accumulate
 
 import torch
 
+from shardemb.errors import RunError
+from shardemb.exchange.calls import name_of
 from shardemb.exchange.neighbours import Member
 from shardemb.exchange.shared import SharedMemory
 
@@ -100,6 +102,11 @@ class SeveralHosts:
             self.memory.leave()
 
     def _move(self, call: int, item_bytes: int, parts: Parts) -> None:
+        """Sends each rank its part, and takes what they send.
+
+        Raises:
+            RunError: A rank does not come, or calls something else.
+        """
         starts, sent, to, awaited = parts
         far_sent = [0 if near else num for near, num in zip(self._is_near, sent, strict=True)]
         far_awaited = [0 if near else num for near, num in zip(self._is_near, awaited, strict=True)]
@@ -113,7 +120,12 @@ class SeveralHosts:
         else:
             me = self._member.rank
             Alone().run(call, item_bytes, tuple([values[me]] for values in parts))  # type: ignore[arg-type]
-        work.wait()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise RunError(
+                f"{name_of(call)} with ranks on other hosts failed, see what they printed: {error}"
+            ) from error
         _copy(accumulate(far_awaited[:-1], initial=receive.data_ptr()), to, far_awaited)
 
 

@@ -1,6 +1,7 @@
 """Runs collectives of the ranks of one host in their shared memory, and says what goes wrong."""
 
 import ctypes
+import os
 import select
 import threading
 import time
@@ -61,8 +62,8 @@ class SharedMemory:
         _, self._from, self._to, self._sent, self._awaited = arrays
         self._run = _function(library.se_exchange_run, [ctypes.c_int64] * 2 + [ctypes.c_int] * 3)
         library.se_exchange_head.restype = ctypes.POINTER(ctypes.c_int64)
-        self.close = weakref.finalize(self, _close, library, self._exchange, neighbours)
-        self.close.atexit = False
+        close = weakref.finalize(self, _close, library, self._exchange, neighbours, os.getpid())
+        close.atexit = False
 
     def run(
         self,
@@ -188,9 +189,14 @@ def _is_readable(file: int) -> bool:
 
 
 def _close(
-    library: ctypes.CDLL, exchange: ctypes.c_void_p, neighbours: Sequence[Neighbour]
+    library: ctypes.CDLL,
+    exchange: ctypes.c_void_p,
+    neighbours: Sequence[Neighbour],
+    process: int,
 ) -> None:
     """Gives the memory back; the others keep what they have mapped."""
+    if os.getpid() != process:  # a worker that was forked has none of it
+        return
     library.se_exchange_leave(exchange, _LEFT)
     library.se_exchange_close(exchange)
     num_bytes = bytes_of(library, len(neighbours))

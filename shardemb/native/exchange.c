@@ -10,6 +10,8 @@
  * all heads, so that they all find the same mismatch, in the same turn.
  */
 
+#if defined(__linux__) /* elsewhere ranks have no neighbours */
+
 #include <linux/futex.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -315,24 +317,43 @@ REDUCER(reduce_u8, uint8_t, uint8_t, INTEGER_CASES, )
 REDUCER(reduce_i16, int16_t, int16_t, INTEGER_CASES, )
 REDUCER(reduce_i32, int32_t, int32_t, INTEGER_CASES, )
 REDUCER(reduce_i64, int64_t, int64_t, INTEGER_CASES, )
-#ifdef __FLT16_MAX__
-REDUCER(reduce_f16, _Float16, float, FLOAT_CASES, DIVIDE)
-#endif
 #undef LOAD
 #undef STORE
 
-static float of_bf16(uint16_t bits)
-{
-    union { uint32_t bits; float value; } it = {.bits = (uint32_t)bits << 16};
-    return it.value;
-}
+typedef union {
+    float value;
+    uint32_t bits;
+} Word;
 
+static float of_bf16(uint16_t half) { return (Word){.bits = (uint32_t)half << 16}.value; }
+
+/* To nearest, ties to even, as all here. */
 static uint16_t to_bf16(float value)
 {
-    union { float value; uint32_t bits; } it = {.value = value};
-    if (value != value)
-        return 0x7fc0;
-    return (it.bits + 0x7fff + ((it.bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
+    uint32_t bits = (Word){.value = value}.bits;
+    return value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+static float of_f16(uint16_t half)
+{
+    Word word = {.bits = (uint32_t)(half & 0x7fff) << 13};
+    word.value *= 0x1p112f; /* the difference between the biases of exponents */
+    if ((half & 0x7c00) == 0x7c00)
+        word.bits |= 0x7f800000;
+    word.bits |= (uint32_t)(half & 0x8000) << 16;
+    return word.value;
+}
+
+static uint16_t to_f16(float value)
+{
+    uint32_t bits = (Word){.value = value}.bits, sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000)
+        return sign | 0x7e00;
+    if (size >= 0x47800000)
+        return sign | 0x7c00;
+    if (size < 0x38800000) /* subnormal: steps as large as those after .5 */
+        return sign | ((Word){.value = (Word){.bits = size}.value + 0.5f}.bits - 0x3f000000);
+    return sign | ((size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13);
 }
 
 #define LOAD(value) of_bf16(value)
@@ -340,19 +361,20 @@ static uint16_t to_bf16(float value)
 REDUCER(reduce_bf16, uint16_t, float, FLOAT_CASES, DIVIDE)
 #undef LOAD
 #undef STORE
+#define LOAD(value) of_f16(value)
+#define STORE(value) to_f16(value)
+REDUCER(reduce_f16, uint16_t, float, FLOAT_CASES, DIVIDE)
+#undef LOAD
+#undef STORE
 
 typedef void Reducer(int op, char *out, char *const *parts, int size, int64_t count);
 static Reducer *const REDUCERS[] = {
-    [F32] = reduce_f32, [F64] = reduce_f64, [BF16] = reduce_bf16, [I8] = reduce_i8, [U8] = reduce_u8,
-    [I16] = reduce_i16, [I32] = reduce_i32, [I64] = reduce_i64,
-#ifdef __FLT16_MAX__
-    [F16] = reduce_f16,
-#endif
+    [F32] = reduce_f32, [F64] = reduce_f64, [F16] = reduce_f16, [BF16] = reduce_bf16,
+    [I8] = reduce_i8,   [U8] = reduce_u8,   [I16] = reduce_i16, [I32] = reduce_i32,
+    [I64] = reduce_i64,
 };
 
-/* Whether numbers of a type can be summed. */
-int se_exchange_sums(int type) { return REDUCERS[type] != 0; }
-
+/* One number of each of `size` parts after the other, in the order of the parts. */
 void se_exchange_reduce(int type, int op, char *out, char *const *parts, int size, int64_t count)
 {
     REDUCERS[type](op, out, parts, size, count);
@@ -413,3 +435,5 @@ int se_exchange_run(Exchange *x, int64_t what, int64_t item_bytes, int shared, i
     x->stage = PUT;
     return se_exchange_go(x);
 }
+
+#endif
