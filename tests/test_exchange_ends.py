@@ -3,9 +3,6 @@
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +17,7 @@ import torch.distributed as dist
 from shardemb.env import Env
 from shardemb.errors import RunError
 from shardemb.exchange import exchange_group
+from tests.exchange_script import start
 from tests.spmd import run_ranks, spmd
 
 MEMORY = "memfd:shardemb-exchange"
@@ -170,31 +168,10 @@ def test_memory_goes_with_the_group(env: Env) -> None:
 def test_scripts_end_at_once_and_say_why(
     how: str, statuses: tuple[int, int], said: tuple[str, str]
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    environments = [
-        os.environ | launched | {"MASTER_PORT": str(port), "RANK": rank, "LOCAL_RANK": rank}
-        for rank in ("0", "1")
-    ]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.exchange_script", how],
-            cwd=Path(__file__).parents[1],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for environment in environments
-    ]
-    for rank in ranks:
-        assert rank.stdout is not None
-        assert rank.stdout.readline() == "exchanged\n"
-    start = time.monotonic()
+    ranks = start(how)
+    begun = time.monotonic()
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]
-    assert time.monotonic() - start < 2 * SOON_S
+    assert time.monotonic() - begun < 2 * SOON_S
     assert tuple(rank.returncode for rank in ranks) == statuses, errors
     for text, error in zip(said, errors, strict=True):
         assert re.search(text, error)

@@ -1,13 +1,19 @@
 """The exchange of ranks that share no memory with some or all others."""
 
+import shutil
+import subprocess
+
+import pytest
 import torch
 import torch.distributed as dist
 
+from shardemb import layouts
 from shardemb.env import Env
 from shardemb.exchange import exchange_group
 from shardemb.exchange.group import ExchangeGroup
 from shardemb.exchange.several_hosts import SeveralHosts
 from tests.every_layout import check
+from tests.exchange_script import start
 from tests.moved_tensors import check_moves, check_scattered_sums, numbers_of
 from tests.spmd import spmd
 from tests.test_every_layout import cases, every_layout
@@ -56,3 +62,24 @@ def test_every_layout_trains_alike_over_two_hosts(env: Env) -> None:
     for layout in every_layout(env):
         case = list(cases(env, layout, sequence=False))[3]  # batches of several sizes
         check(env, case)
+
+
+@spmd(world_size=2)
+def test_all_ranks_go_through_gloo_where_one_has_no_compiled_code(env: Env) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if env.rank == 1:  # installed where there is no compiler
+            patch.setattr("shardemb.exchange.neighbours.library", lambda: None)
+        assert exchange_group(env.device) is dist.group.WORLD
+    assert exchange_group(env.device) is dist.group.WORLD
+    check(env, next(cases(env, layouts.row_wise(), sequence=False)))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("options", [(), ("said to be the same host",)])
+def test_ranks_in_other_containers_share_no_memory(options: tuple[str, ...]) -> None:
+    apart = ("unshare", "--pid", "--fork", "--mount-proc")
+    if shutil.which(apart[0]) is None or subprocess.run([*apart, "true"], check=False).returncode:
+        pytest.skip("may not make a namespace of processes")
+    for of_last, route in ((apart, "SeveralHosts"), ((), "SharedMemory")):
+        for rank in start("done", *options, of_last=of_last, by=route):
+            assert rank.wait(timeout=60) == 0

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from shardemb.exchange.group import BACKEND, register
 from shardemb.exchange.neighbours import compiled
 
-_made: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+_made: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup | None] = WeakKeyDictionary()
+"""By what was WORLD then; None where WORLD itself serves."""
 
 
 def exchange_group(device: torch.device, *, host: str | None = None) -> dist.ProcessGroup:
@@ -38,7 +39,7 @@ def exchange_group(device: torch.device, *, host: str | None = None) -> dist.Pro
         return world
     if world not in _made:
         _made[world] = _new_group(world, device, host)
-    return _made[world]
+    return _made[world] or world
 
 
 def group_of(ranks: Sequence[int], device: torch.device) -> dist.ProcessGroup:
@@ -65,11 +66,11 @@ def group_of(ranks: Sequence[int], device: torch.device) -> dist.ProcessGroup:
 
 def _new_group(
     world: dist.ProcessGroup, device: torch.device, host: str | None
-) -> dist.ProcessGroup:
+) -> dist.ProcessGroup | None:
     has_code = torch.tensor(compiled() is not None, dtype=torch.uint8)
     dist.all_reduce(has_code, op=dist.ReduceOp.MIN)
     if not has_code:
-        return world
+        return None
     register(host)
     group: dist.ProcessGroup = dist.new_group(
         timeout=world._get_backend(device).options._timeout,
