@@ -36,7 +36,10 @@ _SEND_NOTHING = {
     *("_wrap_tensor_autograd", "check_for_nan"),
     *("_split_1d_cat_2d", "_split_1d_cat_2d_backward_impl"),
 }
-_LIBRARIES = {"c10d", "_c10d_functional", "_c10d_functional_autograd", "torchrec"}
+_LIBRARIES = {
+    *("c10d", "_c10d_functional", "_c10d_functional_autograd", "torchrec"),
+    "shardemb_exchange",
+}
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from shardemb.exchange import exchange_group
 from shardemb.optimizer import Optimizer, StepGradients
 from shardemb.text import format_table
 from shardemb.updates.shard_rows import ShardRows
@@ -129,7 +130,7 @@ class TrainingHealth:
         """
         numbers_T5 = self._numbers_T5.clone()
         if dist.get_world_size() > 1:
-            dist.all_reduce(numbers_T5)
+            dist.all_reduce(numbers_T5, group=exchange_group(numbers_T5.device))
         *of_tables, dense = numbers_T5.tolist()
         return HealthReport(
             step=self._step,

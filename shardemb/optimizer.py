@@ -10,6 +10,7 @@ from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from shardemb.errors import RunError
+from shardemb.exchange import exchange_group
 from shardemb.updates.faults import WAY_OUT, Fault, fault_of, largest_of, raise_first
 from shardemb.updates.row_optimizer import RowOptimizer, Touched
 from shardemb.updates.settings import Settings, fault_of_difference, settings_of
@@ -336,7 +337,7 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
         """Sums over ranks, float64."""
         total = torch.stack(numbers)
         if dist.get_world_size() > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=exchange_group(total.device))
         return total
 
     def _number(self, value: float) -> torch.Tensor:

@@ -19,6 +19,7 @@ from shardemb.data.batches import limits_of
 from shardemb.data.guarded_forward import GuardedForward
 from shardemb.env import Env
 from shardemb.errors import RunError
+from shardemb.exchange import exchange_group
 from shardemb.huge_pages import advise_huge
 from shardemb.layouts import DataParallel
 from shardemb.modules.discovery import Collection, Table, find_collections, tables_of
@@ -82,7 +83,7 @@ def shard_modules(
     with left_unfilled(collections.values()):
         sharded = DistributedModelParallel(
             module=model,
-            env=ShardingEnv.from_process_group(dist.group.WORLD),
+            env=ShardingEnv.from_process_group(exchange_group(env.device)),
             device=env.device,
             plan=torchrec_plan(
                 plan.tables,

@@ -13,6 +13,7 @@ from shardemb.agree import raise_on_all_ranks
 from shardemb.data.guarded_forward import CheckedBatch, GuardedForward
 from shardemb.env import Env
 from shardemb.errors import RunError
+from shardemb.exchange import exchange_group
 
 _FAILED, _COUNT, _COUNT_SQUARED, _SIZE, _LOSS = range(5)
 
@@ -141,7 +142,8 @@ class StepBatches:
         for loss in losses:
             self._sum[_LOSS] += loss.squeeze()
         if self._env.world_size > 1:
-            self._sent = dist.all_reduce(self._sum, async_op=True)
+            group = exchange_group(self._env.device)
+            self._sent = dist.all_reduce(self._sum, group=group, async_op=True)
 
     def mean_loss(self, step: int) -> torch.Tensor:
         """The mean of the losses that were announced, a scalar (0-dim) float64 tensor.

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from shardemb.config import OutOfRange
 from shardemb.env import Env
+from shardemb.exchange import exchange_group
 
 _DONE = {"drop": "dropped", "clamp": "clamped", "hash": "hashed", "oov_row": "oov"}
 
@@ -86,7 +87,7 @@ class IdCounts:
         """
         counts_F2 = self._since_reset().to(env.device)
         if env.world_size > 1:
-            dist.all_reduce(counts_F2)
+            dist.all_reduce(counts_F2, group=exchange_group(env.device))
         return self._by_feature(counts_F2.cpu())
 
     def _since_reset(self) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 
 from shardemb.cluster import Cluster
 from shardemb.errors import RunError
+from shardemb.exchange import exchange_group
 from shardemb.host_memory import host_memory_bytes
 from shardemb.text import format_bytes
 
@@ -135,7 +136,8 @@ def _measure(rank: int, num_ranks: int, folder: str, on_cuda: bool) -> None:  # 
     seconds = [_seconds(lambda: target.copy_(source), device)]
     size = num_ranks * _SENT_BYTES // 4
     send, receive = source.new_zeros(size), source.new_empty(size)
-    seconds.append(_seconds(lambda: dist.all_to_all_single(receive, send), device))
+    group = exchange_group(device)
+    seconds.append(_seconds(lambda: dist.all_to_all_single(receive, send, group=group), device))
     (Path(folder) / f"{rank}").write_text(json.dumps(seconds))
     dist.destroy_process_group()
 

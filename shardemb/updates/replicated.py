@@ -16,6 +16,7 @@ from torchrec.distributed.batched_embedding_kernel import (
 )
 from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 
+from shardemb.exchange import exchange_group
 from shardemb.modules.training import RowTraining
 from shardemb.updates.lookups import (
     Features,
@@ -190,7 +191,8 @@ def merge_replicated(tables: Sequence[ReplicatedRows]) -> list[tuple[ShardRows, 
         return []
     touched = torch.cat([table.counts_R > 0 for table in tables]).to(torch.uint8)
     if dist.get_world_size() > 1:
-        dist.all_reduce(touched, op=dist.ReduceOp.MAX)
+        group = exchange_group(touched.device)
+        dist.all_reduce(touched, op=dist.ReduceOp.MAX, group=group)
     found = []
     sizes = [len(table.counts_R) for table in tables]
     for table, mask_R in zip(tables, touched.split(sizes), strict=True):
@@ -208,5 +210,5 @@ def _mean_gradient(table: ReplicatedRows) -> torch.Tensor:
     else:
         mean_RD = table.weight.grad / dist.get_world_size()
     if dist.get_world_size() > 1:
-        dist.all_reduce(mean_RD)
+        dist.all_reduce(mean_RD, group=exchange_group(mean_RD.device))
     return mean_RD

@@ -15,6 +15,7 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharding_spec import ShardMetadata
 
+from shardemb.exchange import group_of
 from shardemb.updates.shard_rows import ShardRows
 
 T = TypeVar("T")
@@ -81,11 +82,8 @@ def groups_of_slices(
     Returns:
         Groups by their ranks, ascending.
     """
-    world = dist.group.WORLD
-    assert world is not None
-    timeout = world._get_backend(device).options._timeout
     return {
-        ranks: world if len(ranks) == world.size() else dist.new_group(list(ranks), timeout=timeout)
+        ranks: group_of(ranks, device)
         for ranks in sorted({tuple(sorted(ranks)) for ranks in rank_sets})
     }
 
