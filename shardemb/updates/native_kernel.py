@@ -207,7 +207,8 @@ class _Updates:
     def __init__(self, blocks: Sequence[ShardRows]) -> None:
         self._blocks = blocks
         self._trainings = (Training * len(blocks))(*map(_training_of, blocks))
-        self._columns = np.ctypeslib.as_array(self._trainings)
+        # np.ctypeslib.as_array does not know pointers among the fields
+        self._columns = np.frombuffer(memoryview(self._trainings), dtype=np.dtype(Training))
         self._settings: list[list[Any]] = [[] for _ in blocks]
         self._names = [list(vars(rows.training.optimizer)) for rows in blocks]
         self._has_eps = np.array(["eps" in names for names in self._names], dtype=bool)
