@@ -31,12 +31,14 @@ class _Output:
     mean: bool
     frozen: bool
 
-    def of(self, values: torch.Tensor, batch: KeyedJaggedTensor) -> torch.Tensor:
+    def of(
+        self, values: torch.Tensor, batch: KeyedJaggedTensor, *, weights_learn: bool = False
+    ) -> torch.Tensor:
         """The values that the unsharded collection would return."""
         if self.mean:
             lengths_B = batch[self.feature].lengths()
             values = values / lengths_B.clamp(min=1).unsqueeze(1)
-        return values.detach() if self.frozen else values
+        return values.detach() if self.frozen and not weights_learn else values
 
 
 def outputs_of(collection: Collection, layout_of: Mapping[str, str]) -> dict[str, _Output]:
@@ -83,11 +85,14 @@ class FinishPooled:
         self._outputs, self._declared_order, self._watch = outputs, declared_order, watch
         self._only_order = not any(output.mean or output.frozen for output in outputs.values())
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """What torch calls after a forward."""
-        output.callbacks.append(lambda pooled: self._finish(pooled, args[0]))
+        learn: bool = module.weights_learn  # type: ignore[assignment]
+        output.callbacks.append(lambda pooled: self._finish(pooled, args[0], weights_learn=learn))
 
-    def _finish(self, pooled: KeyedTensor, batch: KeyedJaggedTensor) -> KeyedTensor:
+    def _finish(
+        self, pooled: KeyedTensor, batch: KeyedJaggedTensor, *, weights_learn: bool
+    ) -> KeyedTensor:
         self._watch(pooled.values())
         keys = list(self._outputs if self._declared_order else pooled.keys())
         if self._only_order and list(pooled.keys()) == keys:
@@ -100,7 +105,13 @@ class FinishPooled:
         return KeyedTensor(
             keys=keys,
             length_per_key=[width_of[key] for key in keys],
-            values=torch.cat([self._outputs[key].of(columns[key], batch) for key in keys], 1),
+            values=torch.cat(
+                [
+                    self._outputs[key].of(columns[key], batch, weights_learn=weights_learn)
+                    for key in keys
+                ],
+                1,
+            ),
         )
 
 

@@ -118,6 +118,7 @@ def shard_modules(
             check_ids=check_ids,
             padding_of=collection.padding_of,
             keeps_int32=native and env.world_size == 1,
+            weights_learn=native and collection.is_weighted,
         )
         module.register_forward_pre_hook(guard, with_kwargs=True)
         outputs = outputs_of(collection, layout_of)

@@ -247,10 +247,19 @@ def _check(guards: Sequence[GuardedForward], batch: KeyedJaggedTensor) -> list[G
     if not able:  # it may be meant for the collection with which it shares the most features
         meant = max(guards, key=lambda one: len(keys & {*one.guard.feature_names}), default=None)
         if meant is not None and keys & {*meant.guard.feature_names}:
-            meant.guard.check_features(batch)
+            if meant.weights_learn and not has_weights:  # the model may compute them
+                batch = _weighted(batch)
+            meant.guard.check(batch)
     for guarded in able:
         guarded.guard.check(batch)
     return able
+
+
+def _weighted(batch: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    ones_N = torch.ones(batch.values().shape)
+    return KeyedJaggedTensor(
+        keys=batch.keys(), values=batch.values(), lengths=batch.lengths(), weights=ones_N
+    )
 
 
 def _features(batch: Any) -> list[KeyedJaggedTensor]:

@@ -256,11 +256,6 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
         {"input": IDS.view(1, 3), "per_sample_weights": torch.rand(3)},
         r"per_sample_weights must have the shape of input, \[1, 3\], got \[3\]",
     ),
-    (
-        "last",
-        {"input": IDS.view(1, 3), "per_sample_weights": torch.rand(1, 3, requires_grad=True)},
-        r"per_sample_weights need a gradient, and those of sharded tables have none; detach\(\)",
-    ),
 ]
 
 

@@ -106,6 +106,7 @@ LAYERS = (
         "updates.fbgemm_kernel",
         "updates.native_kernel",
         "updates.native_lookups",
+        "updates.weight_gradients",
         "updates.install",
         "updates.sharded",
         "updates.settings",

@@ -17,9 +17,10 @@ from tests.spmd import spmd
 
 
 @spmd(world_size=2)
-def test_weights_of_ids_that_want_a_gradient_are_refused(env: Env) -> None:
+def test_weights_of_ids_that_want_a_gradient_are_refused_by_the_kernel_of_fbgemm(env: Env) -> None:
     model = nn.Sequential(se.EmbeddingBagCollection(make_tables(), is_weighted=True))
-    sharded = se.shard_modules(model, se.plan_sharding(model, env, where(env)), env)
+    plan = se.plan_sharding(model, env, where(env), kernel="fbgemm")
+    sharded = se.shard_modules(model, plan, env)
     batch = batch_of(0, env.rank)
     weighted = KeyedJaggedTensor(
         keys=batch.keys(),
@@ -27,7 +28,7 @@ def test_weights_of_ids_that_want_a_gradient_are_refused(env: Env) -> None:
         lengths=batch.lengths(),
         weights=torch.ones(len(batch.values()), requires_grad=True),
     )
-    with pytest.raises(ValueError, match="weights of ids get no gradient in a sharded lookup"):
+    with pytest.raises(ValueError, match="gives weights none when it is sharded; detach them, or"):
         sharded(weighted)
     with torch.no_grad():
         sharded(weighted)

@@ -54,6 +54,7 @@ class GuardedForward:
         padding_of: The row of each feature that its bags leave out, if there is one.
         keeps_int32: Whether ids of 32 bits stay so, where no other rank's may have 64 and the
             kernel takes them; if not, all become int64.
+        weights_learn: Whether weights may require gradients.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class GuardedForward:
         check_ids: bool,
         padding_of: Mapping[str, int],
         keeps_int32: bool = False,
+        weights_learn: bool = False,
     ) -> None:
         self.guard = IdGuard(limits, is_weighted=is_weighted)
         self.checked: list[CheckedBatch] = []
         """Batches that need no further check."""
         self._check_ids, self._padding_of = check_ids, padding_of
         self._keys, self._keeps_int32 = self.guard.feature_names, keeps_int32
+        self.weights_learn = weights_learn
 
     def __call__(
         self,
@@ -123,10 +126,16 @@ class GuardedForward:
 
     def _check_weights(self, batch: KeyedJaggedTensor) -> None:
         weights_N = batch.weights_or_none()
-        if weights_N is not None and weights_N.requires_grad and torch.is_grad_enabled():
+        if (
+            weights_N is not None
+            and weights_N.requires_grad
+            and torch.is_grad_enabled()
+            and not self.weights_learn
+        ):
             raise ValueError(
                 f"the collection of features {self._keys} got weights that require a gradient, and "
-                "weights of ids get no gradient in a sharded lookup; detach them"
+                "FBGEMM's kernel gives weights none when it is sharded; detach them, or plan with "
+                "kernel='native', on ranks on the CPU"
             )
 
 

@@ -143,8 +143,8 @@ class AdaptedEmbeddingBag(_Adapter):
 
         Raises:
             ValueError: Arguments are no tensors, shapes or dtypes do not fit, an id is not in the
-                table, or there are weights that need a gradient, or that the module was not made
-                for.
+                table, or there are weights that the module was not made for, or that need a
+                gradient where FBGEMM's kernel looks them up.
         """
         self._check_ids(input)
         for name, given in (("offsets", offsets), ("per_sample_weights", per_sample_weights)):
@@ -203,12 +203,6 @@ class AdaptedEmbeddingBag(_Adapter):
             self._refuse(
                 f"per_sample_weights must have the shape of input, {list(ids.shape)}, got "
                 f"{list(weights.shape)}"
-            )
-        if weights.requires_grad and torch.is_grad_enabled():
-            self._refuse(
-                "per_sample_weights need a gradient, and those of sharded tables have none; "
-                "detach() them, or leave the module to torch by from_torch(..., "
-                f"skip=({self.path!r},))"
             )
         return weights.reshape(-1).to(dtype)
 

@@ -100,8 +100,8 @@ class RowKernel(nn.Module):
             lookup = Lookup(
                 ids_N=indices,
                 offsets=offsets,
-                weights_N=per_sample_weights,
-                gradient=gradient.contiguous(),
+                weights_N=None if per_sample_weights is None else per_sample_weights.detach(),
+                gradient=gradient,
                 batches=batches,
                 num_features=self.num_features,
                 pooling=self._pooling,
@@ -109,8 +109,11 @@ class RowKernel(nn.Module):
             self._lookups.append(lookup)
             self._keep(found)
 
+        weigh = None
+        if per_sample_weights is not None and per_sample_weights.requires_grad:
+            weigh = self._weigh_later(indices, offsets)
         kept: torch.Tensor = _Kept.apply(  # type: ignore[no-untyped-call]
-            self._anchor, output.detach(), keep
+            self._anchor, per_sample_weights, output.detach(), keep, weigh
         )
         return kept
 
@@ -118,6 +121,12 @@ class RowKernel(nn.Module):
         self, ids_N: torch.Tensor, offsets: torch.Tensor, weights_N: torch.Tensor | None
     ) -> tuple[torch.Tensor, Any]:
         """The output, and what `_keep` is to know of it when its gradient comes."""
+        raise NotImplementedError
+
+    def _weigh_later(
+        self, ids_N: torch.Tensor, offsets: torch.Tensor
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes the gradient of the weights [N] of that of the output."""
         raise NotImplementedError
 
     def _keep(self, found: Any) -> None:
@@ -200,13 +209,17 @@ class _Kept(torch.autograd.Function):
     def forward(
         ctx: Any,
         anchor: torch.Tensor,  # noqa: ARG004 - what requires a gradient
+        weights_N: torch.Tensor | None,  # noqa: ARG004 - what may require one
         output: torch.Tensor,
         keep: Callable[[torch.Tensor], None],
+        weigh: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> torch.Tensor:
-        ctx.keep = keep
+        ctx.keep, ctx.weigh = keep, weigh
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None]:
-        ctx.keep(gradients[0])
-        return None, None, None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient = gradients[0].contiguous()
+        ctx.keep(gradient)
+        grad_N = ctx.weigh(gradient) if ctx.weigh is not None else None
+        return None, grad_N, None, None, None

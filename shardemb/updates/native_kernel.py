@@ -3,13 +3,15 @@
 # R rows of a block, B bags of a feature, F features, N ids, D width
 
 import ctypes
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from shardemb.errors import RunError
 from shardemb.native.kernels import OPTIMIZERS, Bags, Block, Blocks, Merged, Training, largest
 from shardemb.updates.formulas import needs_whole_rows
 from shardemb.updates.kernel import SMALLEST_EPS, RowKernel, Shard
@@ -89,6 +91,20 @@ class NativeKernel(RowKernel):
             num_features=self.num_features,
             pooling=self._pooling,
         )
+
+    def _weigh_later(self, ids_N: Tensor, offsets: Tensor) -> Callable[[Tensor], Tensor]:
+        bags, version = self._bags(ids_N, offsets, None), self._weights[0]._version
+
+        def weigh(gradient: Tensor) -> Tensor:
+            if self._weights[0]._version != version:
+                raise RunError(
+                    f"rows of tables {[shard.table for shard in self.shards]} were changed after "
+                    "a lookup whose weights require a gradient, and before its backward pass; "
+                    "call backward before optimizer.step()"
+                )
+            return self._blocks.weigh(bags, gradient)
+
+        return weigh
 
     def _out_of_range(self, bags: Bags) -> ValueError:
         """What is to be said of the first id that its block does not have."""
@@ -173,7 +189,10 @@ class NativeKernel(RowKernel):
         Returns:
             Of some blocks the first row that was left as it was, as its state is not finite.
         """
-        return self._update(self._own, scale=scale, dry=False) if self._own else {}
+        if not self._own:
+            return {}
+        increment_version(self._weights[0])  # torch sees no other writers
+        return self._update(self._own, scale=scale, dry=False)
 
     def _update(self, shards: Sequence[Shard], *, scale: float, dry: bool) -> dict[ShardRows, int]:
         trainings = self._updates.of_step(

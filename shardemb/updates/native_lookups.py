@@ -26,6 +26,7 @@ from torchrec.modules.embedding_configs import data_type_to_dtype, data_type_to_
 
 from shardemb.huge_pages import zeros_huge
 from shardemb.updates.install import Trained, install_native
+from shardemb.updates.weight_gradients import tied
 
 _LINE_BYTES = 64
 
@@ -142,6 +143,14 @@ class NativePooledLookup(_NativeLookup, GroupedPooledEmbeddingsLookup):  # type:
 
     def _create_embedding_kernel(self, config: GroupedEmbeddingConfig, *_: Any) -> nn.Module:
         return NativeEmbeddingBag(config, self._trained, lookup=self)
+
+    def forward(self, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
+        """Looks rows up."""
+        weights_M = sparse_features.weights_or_none()
+        output: torch.Tensor = super().forward(sparse_features)
+        if weights_M is not None and weights_M.requires_grad:
+            return tied(output, weights_M)
+        return output
 
 
 class NativeSequenceLookup(_NativeLookup, GroupedEmbeddingsLookup):  # type: ignore[misc]

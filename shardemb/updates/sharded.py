@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed.batched_embedding_kernel import (
     BatchedFusedEmbedding,
     BatchedFusedEmbeddingBag,
@@ -24,6 +25,7 @@ from torchrec.distributed.types import ParameterSharding, ShardingEnv
 from shardemb.updates.install import Trained, install_fbgemm
 from shardemb.updates.kernel import RowKernel
 from shardemb.updates.native_lookups import NativePooledLookup, NativeSequenceLookup
+from shardemb.updates.weight_gradients import WeightGradients
 
 
 class _WithRowKernels:
@@ -111,6 +113,31 @@ class PooledCollection(_WithRowKernels, ShardedEmbeddingBagCollection):  # type:
     """TorchRec's sharded `EmbeddingBagCollection`."""
 
     native_lookup = NativePooledLookup
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._weight_gradients: WeightGradients | None = None
+        if self._native and self._is_weighted:
+            sent = not all(isinstance(one, BaseDpEmbeddingSharding) for one in self._shardings())
+            group = self._env.process_group if sent and self._env.world_size > 1 else None
+            self._weight_gradients = WeightGradients(group)
+
+    @property
+    def weights_learn(self) -> bool:
+        """Whether weights of ids get gradients."""
+        return self._weight_gradients is not None and bool(self._weight_gradients.wanted)
+
+    def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
+        """Sends ids to where they are looked up, as TorchRec asks for it."""
+        if self._weight_gradients is not None:
+            features = self._weight_gradients.send(ctx, features)
+        return super().input_dist(ctx, features)
+
+    def compute_and_output_dist(self, ctx: Any, input: Any) -> Any:
+        """Looks up, as TorchRec asks for it."""
+        if self._weight_gradients is not None:
+            self._weight_gradients.receive(ctx, input)
+        return super().compute_and_output_dist(ctx, input)
 
     def _shardings(self) -> Iterable[Any]:
         return self._embedding_shardings  # type: ignore[no-any-return]
