@@ -139,7 +139,8 @@ def test_a_forward_outside_the_pipeline_checks_ids_unless_told_not_to(env: Env) 
     with pytest.raises(ValueError, match="feature 't' of table 't' is not in the batch"):
         model(KeyedJaggedTensor(keys=["u"], values=torch.tensor([1]), lengths=torch.tensor([1])))
     plain = Small()
-    unchecked = se.shard_modules(plain, se.plan_sharding(plain, env), env, check_ids=False)
+    plan = se.plan_sharding(plain, env, kernel="fbgemm")
+    unchecked = se.shard_modules(plain, plan, env, check_ids=False)
     unchecked(unguarded([10]))  # FBGEMM warns and reads row 0
     with pytest.raises(ValueError, match="feature 't' of table 't' is not in the batch"):
         unchecked(
