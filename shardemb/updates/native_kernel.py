@@ -39,7 +39,6 @@ class NativeKernel(RowKernel):
         super().__init__(held, shards, pooling=pooling)
         self._weights: list[Tensor] = held.split_embedding_weights()
         self._largest: list[float] = []
-        self._sorted = False
         self._find_memory()
 
     def _find_memory(self) -> None:
@@ -58,6 +57,7 @@ class NativeKernel(RowKernel):
         self._shard_of = {shard.rows: shard for shard in self.shards if shard.rows is not None}
         self._updates = _Updates(self.trained)
         self._merged: Merged | None = None
+        self._sorted = False
         if self._shard_of:
             self._merged = Merged(
                 Blocks(
@@ -69,11 +69,15 @@ class NativeKernel(RowKernel):
                 )
             )
 
+    def _follow_memory(self) -> None:
+        """Finds rows again that moved, as by `share_memory_`."""
+        if self._weights[0].data_ptr() != self._address:
+            self._find_memory()
+
     def _look_up(
         self, ids_N: Tensor, offsets: Tensor, weights_N: Tensor | None
     ) -> tuple[Tensor, float]:
-        if self._weights[0].data_ptr() != self._address:  # as after share_memory_
-            self._find_memory()
+        self._follow_memory()
         bags = self._bags(ids_N, offsets, weights_N)
         try:
             output = self._blocks.look_up(bags)
@@ -122,6 +126,7 @@ class NativeKernel(RowKernel):
         which ranks hold columns, where a row's update needs them all.
         """
         self._own = []
+        self._follow_memory()
         if not self._lookups or not self._fits():
             return
         own = {rows: shard for rows, shard in self._shard_of.items() if not _needs_slices(rows)}
@@ -133,7 +138,9 @@ class NativeKernel(RowKernel):
 
     def _fits(self) -> bool:
         """Whether new rows and state are finite, if those that are held are."""
-        if max(self._largest) > _LARGEST_OUTPUT or not self._updates.fit:
+        if not all(found <= _LARGEST_OUTPUT for found in self._largest):  # one may be nan
+            return False
+        if not self._updates.fit:
             return False
         return sum(map(_largest_sum, self._lookups)) <= _LARGEST_SUM
 
@@ -207,7 +214,7 @@ class _Updates:
     def __init__(self, blocks: Sequence[ShardRows]) -> None:
         self._blocks = blocks
         self._trainings = (Training * len(blocks))(*map(_training_of, blocks))
-        self._columns = np.ctypeslib.as_array(self._trainings)
+        self._columns = np.frombuffer(self._trainings, dtype=np.dtype(Training))
         self._settings: list[list[Any]] = [[] for _ in blocks]
         self._names = [list(vars(rows.training.optimizer)) for rows in blocks]
         self._has_eps = np.array(["eps" in names for names in self._names], dtype=bool)
