@@ -214,7 +214,10 @@ class _Updates:
     def __init__(self, blocks: Sequence[ShardRows]) -> None:
         self._blocks = blocks
         self._trainings = (Training * len(blocks))(*map(_training_of, blocks))
-        self._columns = np.frombuffer(self._trainings, dtype=np.dtype(Training))
+        self._columns = np.frombuffer(  # which needs no format string, as as_array does
+            self._trainings,  # type: ignore[call-overload]
+            dtype=np.dtype(Training),
+        )
         self._settings: list[list[Any]] = [[] for _ in blocks]
         self._names = [list(vars(rows.training.optimizer)) for rows in blocks]
         self._has_eps = np.array(["eps" in names for names in self._names], dtype=bool)
