@@ -241,7 +241,7 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
             )
             for observer in self._observers:
                 observer(shown)
-        total = self._number(self.rows.squares_of_kernels())
+        total = self._number(self.rows.square_of_kernels())
         for rows, gradients in touched:
             square = _square_of(gradients.grad_UD)
             if not rows.replicated or dist.get_rank() == 0:

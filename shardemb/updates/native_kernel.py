@@ -3,7 +3,8 @@
 # R rows of a block, B bags of a feature, F features, N ids, D width
 
 import ctypes
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -159,17 +160,18 @@ class NativeKernel(RowKernel):
     def _merge(self, shard: Shard) -> RowGradients:
         return RowGradients(*self._sort().rows(list(self._shard_of.values()).index(shard)))
 
-    def own_squares(self) -> Iterable[tuple[ShardRows, float]]:
-        """The squares of the gradients of blocks that the kernel updates by itself, summed."""
+    def own_square(self) -> float:
+        """The sum of the squares of the gradients in blocks that the kernel updates by itself."""
         if not self._own:
-            return
-        squares = self._sort().squares()
-        for (rows, shard), square in zip(self._shard_of.items(), squares, strict=True):
-            if shard in self._own and rows.all_move:
-                yield rows, square
-            elif shard in self._own:
-                grad_UD = rows.movable(self._merge(shard)).grad_UD
-                yield rows, float(grad_UD.double().square().sum())
+            return 0.0
+        squares = dict(zip(self._shard_of, self._sort().squares(), strict=True))
+        partly = [shard for shard in self._own if shard.rows and not shard.rows.all_move]
+        found = [squares[shard.rows] for shard in self._own if shard.rows and shard not in partly]
+        found += [
+            float(gradients.grad_UD.double().square().sum())
+            for _, gradients in self._merged_of(partly)
+        ]
+        return math.fsum(found)
 
     def step(self, scale: float) -> Mapping[ShardRows, int]:
         """Updates the rows of the blocks that were chosen.
@@ -214,10 +216,8 @@ class _Updates:
     def __init__(self, blocks: Sequence[ShardRows]) -> None:
         self._blocks = blocks
         self._trainings = (Training * len(blocks))(*map(_training_of, blocks))
-        self._columns = np.frombuffer(  # which needs no format string, as as_array does
-            self._trainings,  # type: ignore[call-overload]
-            dtype=np.dtype(Training),
-        )
+        # np.ctypeslib.as_array does not know pointers among the fields
+        self._columns = np.frombuffer(memoryview(self._trainings), dtype=np.dtype(Training))
         self._settings: list[list[Any]] = [[] for _ in blocks]
         self._names = [list(vars(rows.training.optimizer)) for rows in blocks]
         self._has_eps = np.array(["eps" in names for names in self._names], dtype=bool)
