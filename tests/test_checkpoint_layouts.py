@@ -15,7 +15,10 @@ from shardemb import layouts, optim
 from shardemb.env import Env
 from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
-from tests.every_layout import Case, Loss, batch_of, optimizer_rows, whole_table
+from shardemb.updates.fbgemm_kernel import FbgemmKernel
+from shardemb.updates.native_kernel import NativeKernel
+from shardemb.updates.sharded import row_kernels
+from tests.every_layout import Case, Loss, batch_of, loss_of, optimizer_rows, whole_table
 from tests.plans import KERNELS, NEEDS_NATIVE
 from tests.spmd import spmd
 from tests.test_every_layout import NAMES, every_layout, make_tables
@@ -129,3 +132,29 @@ def test_a_checkpoint_of_one_kernel_opens_under_the_other_bit_for_bit(
             for name, rows in found.items():
                 assert not torch.equal(before[name], saved[name])
                 assert torch.equal(rows, saved[name]), f"{name}, {kernel} to {other.kernel}"
+
+
+@NEEDS_NATIVE
+@spmd(world_size=2)
+def test_a_plan_file_brings_its_kernel_whichever_is_the_default(env: Env, tmp_path: Path) -> None:
+    where: dict[str, Layout] = dict.fromkeys(NAMES, layouts.row_wise())
+    case = Case(tables=make_tables(optim.Adagrad(lr=0.1)), where=where, num_samples=[4, 4])
+    kinds = {"native": NativeKernel, "fbgemm": FbgemmKernel}
+    found = []
+    for kernel in KERNELS:
+        path = tmp_path / f"{kernel} of rank {env.rank}"
+        se.plan_sharding(case.collection("meta"), env, where, kernel=kernel).save(path)
+        collection = case.collection("meta")
+        plan = se.load_plan(path, collection, env)
+        sharded = se.shard_modules(collection, plan, env)
+        assert {type(one) for one in row_kernels(sharded)} == {kinds[kernel]}
+        optimizer = se.build_optimizer(sharded)
+        before = [rows.weight_RD.clone() for rows in optimizer.rows.blocks]
+        batch = batch_of(case, 0, env.rank)
+        loss_of(sharded(batch).to_dict(), batch.stride(), linear=False).backward()
+        optimizer.step()
+        after = [rows.weight_RD for rows in optimizer.rows.blocks]
+        assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+        found.append(after)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
