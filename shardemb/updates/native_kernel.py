@@ -204,8 +204,9 @@ class NativeKernel(RowKernel):
         return self._update(self._own, scale=scale, dry=False)
 
     def _update(self, shards: Sequence[Shard], *, scale: float, dry: bool) -> dict[ShardRows, int]:
+        chosen = set(shards)
         trainings = self._updates.of_step(
-            [shard in shards for shard in self._shard_of.values()], scale=scale
+            [shard in chosen for shard in self._shard_of.values()], scale=scale
         )
         bad = self._sort().update(trainings, dry=dry)
         return {rows: row for rows, row in zip(self.trained, bad, strict=True) if row >= 0}
