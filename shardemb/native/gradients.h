@@ -37,60 +37,31 @@ INLINE int is_plain(const struct block_sources *its)
     return its->count == 1 && !its->bags && !its->sources[0].lookup;
 }
 
-INLINE void sum_lanes(const struct block_sources *its, const entry *entries, int64_t count,
-                      int64_t column, int lanes, int plain, float *sum)
+/* Adds an id's gradient to the sum of its row. */
+INLINE void add_gradient(const struct block_sources *its, int plain, entry one, int64_t width,
+                         float *sum)
 {
-    vfloat sums[CHUNK / LANES] = {{0}};
-    const float *first = its->sources[0].gradient;
-    int64_t stride = its->sources[0].stride;
-    int scaled = !plain && (its->bags || its->sources[0].lookup);
-    for (int64_t id = 0; id < count; id++) {
-        float scale = 1.0f;
-        const float *gradient = plain ? first + source_of_entry(entries[id]) * stride
-                                      : gradient_of(its, entries[id], &scale);
-        gradient += column;
-        for (int part = 0; part < lanes / LANES; part++) {
-            vfloat own = load_lanes(gradient, FLOAT32, part * LANES);
-            if (scaled)
-                own *= scale;
-            sums[part] += own;
-        }
+    float scale = 1.0f;
+    const float *gradient =
+        plain ? its->sources[0].gradient + source_of_entry(one) * its->sources[0].stride
+              : gradient_of(its, one, &scale);
+    int64_t part = 0;
+    for (; (part + 1) * LANES <= width; part++) {
+        vfloat own = load_lanes(gradient, FLOAT32, part * LANES);
+        if (!plain)
+            own *= scale;
+        *(vfloat *)(sum + part * LANES) += own;
     }
-    for (int part = 0; part < lanes / LANES; part++)
-        *(vfloat *)(sum + column + part * LANES) = sums[part];
+    for (int64_t column = part * LANES; column < width; column++)
+        sum[column] += gradient[column] * scale;
 }
 
-/* The sum of a row's gradients, in the order of its ids. */
-INLINE void sum_gradients(const struct block_sources *its, const entry *entries, int64_t count,
-                          int64_t width, float *sum)
+/* Whether an entry is the last of its row; ids of a row are neighbours. A loop over ids that asks
+   this mispredicts one branch where loops over rows and then over their ids mispredict several. */
+INLINE int ends_row(const struct unit *unit, int64_t id)
 {
-    int64_t column = 0;
-    int plain = is_plain(its);
-    for (; column + CHUNK <= width; column += CHUNK)
-        if (plain)
-            sum_lanes(its, entries, count, column, CHUNK, 1, sum);
-        else
-            sum_lanes(its, entries, count, column, CHUNK, 0, sum);
-    for (; column + LANES <= width; column += LANES)
-        sum_lanes(its, entries, count, column, LANES, 0, sum);
-    if (column == width)
-        return;
-    for (int64_t rest = column; rest < width; rest++)
-        sum[rest] = 0;
-    for (int64_t id = 0; id < count; id++) {
-        float scale;
-        const float *gradient = gradient_of(its, entries[id], &scale);
-        for (int64_t rest = column; rest < width; rest++)
-            sum[rest] += gradient[rest] * scale;
-    }
-}
-
-INLINE int64_t same_row(const entry *entries, int64_t index, int64_t count)
-{
-    int64_t row = row_of_entry(entries[index]), end = index + 1;
-    while (end < count && row_of_entry(entries[end]) == row)
-        end++;
-    return end;
+    return id + 1 == unit->count ||
+           row_of_entry(unit->entries[id + 1]) != row_of_entry(unit->entries[id]);
 }
 
 INLINE void prefetch_gradient(const struct block_sources *its, entry one, int64_t width)

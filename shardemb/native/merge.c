@@ -5,7 +5,7 @@
 
 #include "gradients.h"
 
-#define PREFETCHED 8 /* ids between the prefetch of a gradient and its use */
+#define GRADIENTS_AHEAD 8 /* ids between the prefetch of a gradient and its use */
 
 /* How many rows each unit has, counted up [num_units + 1]. */
 static int64_t *first_rows(const struct sorted *sorted, int num_threads)
@@ -17,8 +17,8 @@ static int64_t *first_rows(const struct sorted *sorted, int num_threads)
     for (int64_t number = 0; number < sorted->num_units; number++) {
         const struct unit *unit = &sorted->units[number];
         int64_t rows = 0;
-        for (int64_t id = 0; id < unit->count; id = same_row(unit->entries, id, unit->count))
-            rows++;
+        for (int64_t id = 0; id < unit->count; id++)
+            rows += ends_row(unit, id);
         first[number + 1] = rows;
     }
     first[0] = 0;
@@ -69,19 +69,25 @@ static void fill_unit(const struct sorted *sorted, const struct unit *unit, int6
                       int64_t next, struct wanted wanted, float *sum)
 {
     const struct block_sources *its = &sorted->blocks[unit->block];
-    int64_t seen = 0;
-    for (int64_t id = 0, end; id < unit->count; id = end, next++) {
-        end = same_row(unit->entries, id, unit->count);
-        for (; seen < unit->count && seen < end + PREFETCHED; seen++)
-            prefetch_gradient(its, unit->entries[seen], width);
+    int plain = is_plain(its);
+    for (int64_t id = 0, first = 0; id < unit->count; id++) {
+        if (id + GRADIENTS_AHEAD < unit->count)
+            prefetch_gradient(its, unit->entries[id + GRADIENTS_AHEAD], width);
+        if (wanted.rows)
+            sum = wanted.gradients + next * width;
+        if (id == first)
+            memset(sum, 0, width * sizeof(float));
+        add_gradient(its, plain, unit->entries[id], width, sum);
+        if (!ends_row(unit, id))
+            continue;
         if (wanted.rows) {
             wanted.rows[next] = row_of_entry(unit->entries[id]);
-            wanted.counts[next] = end - id;
-            sum = wanted.gradients + next * width;
+            wanted.counts[next] = id + 1 - first;
         }
-        sum_gradients(its, unit->entries + id, end - id, width, sum);
         if (wanted.squares)
             wanted.squares[next] = square_of(sum, width);
+        first = id + 1;
+        next++;
     }
 }
 

@@ -43,7 +43,4 @@ INLINE int has_partial_moments(const struct training *how)
     return how->optimizer == PARTIAL_ROW_WISE_ADAM || how->optimizer == PARTIAL_ROW_WISE_LAMB;
 }
 
-/* Brings a row and its state to their new values; the gradient is used up. */
-void se_apply(const struct training *how, const struct row *row);
-
 #endif

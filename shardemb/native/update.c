@@ -5,26 +5,26 @@
 #include <stdlib.h>
 
 #include "gradients.h"
+#include "optimizers.h"
 #include "rounding.h"
-#include "training.h"
 
-#define PREFETCHED 8  /* ids between the prefetch of a gradient and its use */
-#define ROWS_AHEAD 32 /* ids between the prefetch of a row, which is farther away, and its use */
+#define GRADIENTS_AHEAD 8 /* ids between the prefetch of a gradient and its use */
+#define ROWS_AHEAD 16     /* so of a row, which is farther away */
 
 /* How many floats of a state each row has; 0: there is no such state. */
-INLINE int64_t momentum_size(const struct block *block, const struct training *how)
+INLINE int64_t momentum_size(const struct training *how, int64_t width)
 {
-    return !how->momentum ? 0 : how->optimizer == ROW_WISE_ADAGRAD ? 1 : block->width;
+    return !how->momentum ? 0 : how->optimizer == ROW_WISE_ADAGRAD ? 1 : width;
 }
 
-INLINE int64_t square_size(const struct block *block, const struct training *how)
+INLINE int64_t square_size(const struct training *how, int64_t width)
 {
-    return !how->square ? 0 : has_partial_moments(how) ? 1 : block->width;
+    return !how->square ? 0 : has_partial_moments(how) ? 1 : width;
 }
 
-INLINE char *place_of(const struct block *block, int64_t number)
+INLINE char *place_of(const struct block *block, int64_t number, int64_t width)
 {
-    return (char *)block->weight + number * block->width * size_of(block->dtype);
+    return (char *)block->weight + number * width * size_of(block->dtype);
 }
 
 INLINE void load_state(float *loaded, const float *state, int64_t number, int64_t size)
@@ -39,10 +39,10 @@ INLINE void store_state(const float *loaded, float *state, int64_t number, int64
         memcpy(state + number * size, loaded, size * sizeof(float));
 }
 
-static void load_row(const struct block *block, const struct training *how, int64_t number,
+INLINE void load_row(const struct block *block, const struct training *how, int64_t number,
                      const struct row *row, vhalf *halves)
 {
-    const char *from = place_of(block, number);
+    const char *from = place_of(block, number, row->width);
     if (block->dtype == FLOAT32)
         memcpy(row->weight, from, row->width * sizeof(float));
     else {
@@ -50,12 +50,12 @@ static void load_row(const struct block *block, const struct training *how, int6
         for (int64_t part = 0; part * LANES < row->width; part++)
             row->weight[part] = load_lanes(halves, block->dtype, part * LANES);
     }
-    load_state((float *)row->momentum, how->momentum, number, momentum_size(block, how));
-    load_state((float *)row->square, how->square, number, square_size(block, how));
+    load_state((float *)row->momentum, how->momentum, number, momentum_size(how, row->width));
+    load_state((float *)row->square, how->square, number, square_size(how, row->width));
 }
 
 /* Whether no exponent has all bits; lanes beyond the count are looked at one by one. */
-static int all_finite(const vfloat *values, int64_t count)
+INLINE int all_finite(const vfloat *values, int64_t count)
 {
     vint bad = {0};
     int64_t part = 0;
@@ -75,7 +75,7 @@ static int all_finite(const vfloat *values, int64_t count)
 }
 
 /* Rounds a row to 16 bits; it becomes what those say. */
-static void round_row(const struct block *block, const struct training *how, int64_t number,
+INLINE void round_row(const struct block *block, const struct training *how, int64_t number,
                       const struct row *row, vhalf *halves)
 {
     uint64_t of_row = drawn((uint64_t)how->key, (uint64_t)(number + how->first_row));
@@ -90,10 +90,10 @@ static void round_row(const struct block *block, const struct training *how, int
 }
 
 /* Writes a row and its state, if all of it is finite and they are to be written; whether it is. */
-static int store_row(const struct block *block, const struct training *how, int64_t number,
+INLINE int store_row(const struct block *block, const struct training *how, int64_t number,
                      const struct row *row, vhalf *halves, int dry)
 {
-    int64_t momentum = momentum_size(block, how), square = square_size(block, how);
+    int64_t momentum = momentum_size(how, row->width), square = square_size(how, row->width);
     if (block->dtype != FLOAT32)
         round_row(block, how, number, row, halves);
     int finite = all_finite(row->weight, row->width) && all_finite(row->momentum, momentum) &&
@@ -101,18 +101,19 @@ static int store_row(const struct block *block, const struct training *how, int6
     if (!finite || dry)
         return finite;
     if (block->dtype == FLOAT32)
-        memcpy(place_of(block, number), row->weight, row->width * sizeof(float));
+        memcpy(place_of(block, number, row->width), row->weight, row->width * sizeof(float));
     else
-        memcpy(place_of(block, number), halves, row->width * sizeof(uint16_t));
+        memcpy(place_of(block, number, row->width), halves, row->width * sizeof(uint16_t));
     store_state((const float *)row->momentum, how->momentum, number, momentum);
     store_state((const float *)row->square, how->square, number, square);
     return 1;
 }
 
-INLINE void prefetch_row(const struct block *block, const struct training *how, int64_t number)
+INLINE void prefetch_row(const struct block *block, const struct training *how, int64_t number,
+                         const struct row *row)
 {
-    int64_t momentum = momentum_size(block, how), square = square_size(block, how);
-    prefetch(place_of(block, number), block->width * size_of(block->dtype));
+    int64_t momentum = momentum_size(how, row->width), square = square_size(how, row->width);
+    prefetch(place_of(block, number, row->width), row->width * size_of(block->dtype));
     prefetch(how->momentum + number * momentum, momentum * sizeof(float));
     prefetch(how->square + number * square, square * sizeof(float));
 }
@@ -122,34 +123,59 @@ static int moves(const struct training *how, int64_t row)
     return row + how->first_row >= how->frozen_rows && row + how->first_row != how->padding_row;
 }
 
+/* Brings a row, whose gradients are summed, to its new values; whether those are finite. */
+INLINE int finish_row(const struct block *block, const struct training *how, int64_t number,
+                      const struct row *row, vhalf *halves, int dry)
+{
+    if (how->scale != 1.0)
+        for (int64_t part = 0; part * LANES < row->width; part++)
+            row->gradient[part] *= (float)how->scale;
+    load_row(block, how, number, row, halves);
+    apply(how, row);
+    return store_row(block, how, number, row, halves, dry);
+}
+
 /* Updates a unit's rows; returns the first that would not be finite, or -1. */
-static int64_t update_unit(const struct block *block, const struct training *how,
+INLINE int64_t update_unit(const struct block *block, const struct training *how,
                            const struct block_sources *its, const struct unit *unit,
                            const struct row *row, vhalf *halves, int dry)
 {
-    int64_t bad = -1, seen = 0, seen_rows = 0, previous = -1;
-    for (int64_t index = 0, end; index < unit->count; index = end) {
-        end = same_row(unit->entries, index, unit->count);
-        for (; seen_rows < unit->count && seen_rows < end + ROWS_AHEAD; seen_rows++)
-            if (row_of_entry(unit->entries[seen_rows]) != previous) {
-                previous = row_of_entry(unit->entries[seen_rows]);
-                prefetch_row(block, how, previous);
-            }
-        for (; seen < unit->count && seen < end + PREFETCHED; seen++)
-            prefetch_gradient(its, unit->entries[seen], block->width);
-        int64_t number = row_of_entry(unit->entries[index]);
-        if (!moves(how, number))
+    int plain = is_plain(its);
+    int64_t bad = -1;
+    float *sum = (float *)row->gradient;
+    memset(sum, 0, row->width * sizeof(float));
+    for (int64_t id = 0; id < unit->count; id++) {
+        entry one = unit->entries[id];
+        if (id + GRADIENTS_AHEAD < unit->count)
+            prefetch_gradient(its, unit->entries[id + GRADIENTS_AHEAD], row->width);
+        if (id + ROWS_AHEAD < unit->count)
+            prefetch_row(block, how, row_of_entry(unit->entries[id + ROWS_AHEAD]), row);
+        add_gradient(its, plain, one, row->width, sum);
+        if (!ends_row(unit, id))
             continue;
-        sum_gradients(its, unit->entries + index, end - index, row->width, (float *)row->gradient);
-        if (how->scale != 1.0)
-            for (int64_t part = 0; part * LANES < row->width; part++)
-                row->gradient[part] *= (float)how->scale;
-        load_row(block, how, number, row, halves);
-        se_apply(how, row);
-        if (!store_row(block, how, number, row, halves, dry) && bad < 0)
+        int64_t number = row_of_entry(one);
+        if (moves(how, number) && !finish_row(block, how, number, row, halves, dry) && bad < 0)
             bad = number;
+        memset(sum, 0, row->width * sizeof(float));
     }
     return bad;
+}
+
+/* By code that is made for the width. */
+static int64_t update_any(const struct block *block, const struct training *how,
+                          const struct block_sources *its, const struct unit *unit, struct row row,
+                          vhalf *halves, int dry)
+{
+    switch (row.width) {
+#define CASE(WIDTH)                                                                                \
+    case WIDTH: row.width = WIDTH; return update_unit(block, how, its, unit, &row, halves, dry);
+        CASE(16)
+        CASE(32)
+        CASE(64)
+        CASE(128)
+#undef CASE
+    }
+    return update_unit(block, how, its, unit, &row, halves, dry);
 }
 
 static int64_t widest(const struct block *blocks, int num_blocks)
@@ -187,9 +213,9 @@ int se_update(const struct sorted *sorted, const struct block *blocks,
             bad_of[number] = -1;
             if (trainings[unit->block].optimizer < 0)
                 continue;
-            bad_of[number] = update_unit(block, &trainings[unit->block],
-                                         &sorted->blocks[unit->block], unit, &row,
-                                         (vhalf *)(own + 4 * width), dry);
+            bad_of[number] = update_any(block, &trainings[unit->block],
+                                        &sorted->blocks[unit->block], unit, row,
+                                        (vhalf *)(own + 4 * width), dry);
         }
         for (int64_t number = 0; number < sorted->num_units; number++) {
             int64_t *bad = &bad_rows[sorted->units[number].block];

@@ -1,6 +1,10 @@
 /* What the optimizers do to one row.
 
-   The formulas are those of `shardemb/updates/formulas.py`, which tells their sources. */
+   The formulas are those of `shardemb/updates/formulas.py`, which tells their sources. All is inlined
+   into code that is made for some widths, in which the loops over a row are no loops. */
+
+#ifndef SHARDEMB_OPTIMIZERS_H
+#define SHARDEMB_OPTIMIZERS_H
 
 #include "training.h"
 
@@ -17,19 +21,19 @@ INLINE vfloat roots(vfloat values)
 #endif
 }
 
-static float square_sum(const vfloat *values, int64_t width)
+INLINE float square_sum(const vfloat *values, int64_t width)
 {
     return dot((const float *)values, values, FLOAT32, width);
 }
 
 /* The norm; nan where the square overflowed, so that no row stays as it is in silence. */
-static float norm(const vfloat *values, int64_t width)
+INLINE float norm(const vfloat *values, int64_t width)
 {
     float square = square_sum(values, width);
     return isinf(square) ? NAN : sqrtf(square);
 }
 
-static void decay(const struct training *how, const struct row *row)
+INLINE void decay(const struct training *how, const struct row *row)
 {
     float decay = (float)how->weight_decay;
     if (decay != 0)
@@ -37,7 +41,7 @@ static void decay(const struct training *how, const struct row *row)
             row->gradient[part] += decay * row->weight[part];
 }
 
-static void clip(const struct training *how, const struct row *row)
+INLINE void clip(const struct training *how, const struct row *row)
 {
     float scale = (float)how->max_gradient / norm(row->gradient, row->width);
     if (scale > 1.0f)
@@ -46,7 +50,7 @@ static void clip(const struct training *how, const struct row *row)
         row->gradient[part] *= scale;
 }
 
-static void sgd(const struct training *how, const struct row *row)
+INLINE void sgd(const struct training *how, const struct row *row)
 {
     float lr = (float)how->lr, momentum = (float)how->momentum_factor;
     decay(how, row);
@@ -58,7 +62,7 @@ static void sgd(const struct training *how, const struct row *row)
         row->weight[part] -= lr * row->gradient[part];
 }
 
-static void lars_sgd(const struct training *how, const struct row *row)
+INLINE void lars_sgd(const struct training *how, const struct row *row)
 {
     float weight = norm(row->weight, row->width), gradient = norm(row->gradient, row->width);
     float rate = (float)how->eta * weight / (gradient + (float)how->weight_decay * weight);
@@ -72,7 +76,7 @@ static void lars_sgd(const struct training *how, const struct row *row)
     }
 }
 
-static void adagrad(const struct training *how, const struct row *row)
+INLINE void adagrad(const struct training *how, const struct row *row)
 {
     float lr = (float)how->lr, eps = (float)how->eps;
     decay(how, row);
@@ -84,7 +88,7 @@ static void adagrad(const struct training *how, const struct row *row)
     }
 }
 
-static void row_wise_adagrad(const struct training *how, const struct row *row)
+INLINE void row_wise_adagrad(const struct training *how, const struct row *row)
 {
     float *sum = (float *)row->momentum, lr = (float)how->lr;
     decay(how, row);
@@ -95,7 +99,7 @@ static void row_wise_adagrad(const struct training *how, const struct row *row)
 }
 
 /* The gradient becomes m_hat / (sqrt(v_hat) + eps). */
-static void ratio_of_moments(const struct training *how, const struct row *row)
+INLINE void ratio_of_moments(const struct training *how, const struct row *row)
 {
     float beta1 = (float)how->beta1, beta2 = (float)how->beta2, eps = (float)how->eps;
     float rest1 = (float)(1 - how->beta1), rest2 = (float)(1 - how->beta2);
@@ -111,7 +115,7 @@ static void ratio_of_moments(const struct training *how, const struct row *row)
 }
 
 /* The same where v is one of the row. */
-static void ratio_of_partial_moments(const struct training *how, const struct row *row)
+INLINE void ratio_of_partial_moments(const struct training *how, const struct row *row)
 {
     float beta1 = (float)how->beta1, rest1 = (float)(1 - how->beta1);
     float rest2 = (float)((1 - how->beta2) / how->embedding_dim);
@@ -125,20 +129,21 @@ static void ratio_of_partial_moments(const struct training *how, const struct ro
 }
 
 /* The row less lr times what the gradient has become. */
-static void move(const struct training *how, const struct row *row, float trust)
+INLINE void move(const struct training *how, const struct row *row, float trust)
 {
     float lr = (float)how->lr;
     for EACH_PART (part, row)
         row->weight[part] -= lr * (row->gradient[part] * trust);
 }
 
-static void move_trusted(const struct training *how, const struct row *row)
+INLINE void move_trusted(const struct training *how, const struct row *row)
 {
     float weight = norm(row->weight, row->width), step = norm(row->gradient, row->width);
     move(how, row, weight == 0 || step == 0 ? 1.0f : weight / step);
 }
 
-void se_apply(const struct training *how, const struct row *row)
+/* Brings a row and its state to their new values; the gradient is used up. */
+INLINE void apply(const struct training *how, const struct row *row)
 {
     if (how->max_gradient >= 0)
         clip(how, row);
@@ -160,3 +165,5 @@ void se_apply(const struct training *how, const struct row *row)
     else
         move(how, row, 1.0f);
 }
+
+#endif
