@@ -23,6 +23,7 @@ from shardemb.allocator import give_freed_memory_back
 from shardemb.env import Env, init_distributed
 from shardemb.errors import RunError
 from shardemb.optimizer import DENSE, FUSED, Optimizer
+from shardemb.updates.faults import Fault, largest_of, raise_first
 from shardemb.updates.settings import settings_of
 
 _FORMAT = 2
@@ -124,7 +125,9 @@ def load_checkpoint(
         FileNotFoundError: There is no checkpoint.
         ValueError: The checkpoint is damaged, or it and the model or its optimizers differ; the
             message names the first difference.
-        RunError: The checkpoint cannot be read, or another rank failed.
+        RunError: The checkpoint cannot be read, or another rank failed; on all ranks, when on any a
+            row, a state of rows or a parameter that was read is not finite: the message names the
+            first, and the model must not be trained on.
     """
     env = env or init_distributed()
     path = Path(path)
@@ -143,6 +146,7 @@ def load_checkpoint(
             f"checkpoint {path} could not be read: {_first_cause(error)}; see to the disk, or "
             "load an older checkpoint"
         ) from error
+    _check_finite(path, model, tables_and_dense)
     optimizer.load_dense_state(_by_parameter(dense_state))
     for group, saved in settings:
         group.update({key: _like(group.get(key), value) for key, value in saved.items()})
@@ -379,6 +383,42 @@ def _check_fits(path: Path, state: Mapping[str, Any], stored: Mapping[str, Any])
     unread = [name for name in stored if name.startswith("model/") and name not in state]
     if unread:
         raise ValueError(f"checkpoint {path} has {unread[0]!r}, which the model does not have")
+
+
+def _check_finite(path: Path, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuses rows, states of rows and parameters that are not finite. On all ranks together.
+
+    Raises:
+        RunError: One is not, on any rank.
+    """
+    parameters = {f"model/{name}" for name, _ in model.named_parameters()}
+    found = (
+        _fault_of_blocks(name, tensor)
+        for name, tensor in state.items()
+        if name in parameters or name.startswith(f"{_OPTIMIZER}/")  # buffers may hold anything
+    )
+    fault = next((one for one in found if one is not None), None)
+    rest = "the model holds it now and is not to be trained"
+    raise_first([fault], where=f"checkpoint {path}", rest=rest)
+
+
+def _fault_of_blocks(name: str, tensor: Any) -> Fault | None:
+    """The first value that is not finite of what this rank has of a tensor, if there is one."""
+    blocks = [(0, tensor)]
+    if isinstance(tensor, ShardedTensor):
+        shards = tensor.local_shards()
+        blocks = [(shard.metadata.shard_offsets[0], shard.tensor) for shard in shards]
+    for first_row, block in blocks:
+        if all(torch.isfinite(one) for one in largest_of({name: block})):
+            continue
+        bad = (~torch.isfinite(block)).nonzero()[0]
+        where = f"row {first_row + int(bad[0])} of " if len(bad) else ""
+        value = float(block[tuple(bad)])
+        return Fault(
+            f"{where}{name!r} is {value}, on rank {dist.get_rank()}",
+            way_out="load an older checkpoint",
+        )
+    return None
 
 
 def _check_dtype(path: Path, name: str, tensor: Any, stored: TensorStorageMetadata) -> None:

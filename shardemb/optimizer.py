@@ -108,7 +108,8 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
                 finite. The message names the step, the table, the row and, where the rows are
                 pooled or sharded, a sample that looked it up; or the parameter. Nothing of the
                 step was applied then, unless the message says that the model is not to be saved:
-                what a dense optimizer does is known afterwards only.
+                what a dense optimizer does is known afterwards only, and so is a row or state that
+                something other than training made infinite or nan; that is told by its rank alone.
         """
         loss = None
         if closure is not None:
@@ -241,7 +242,7 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
             )
             for observer in self._observers:
                 observer(shown)
-        total = self._number(self.rows.squares_of_kernels())
+        total = self._number(self.rows.square_of_kernels())
         for rows, gradients in touched:
             square = _square_of(gradients.grad_UD)
             if not rows.replicated or dist.get_rank() == 0:
@@ -286,7 +287,8 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
             self.rows.fault(touched, new),
             fault_of("the gradient of {}", self._dense_grads()),
         ]
-        raise_first(faults, step=self.num_steps + 1, rest="nothing of this step was applied")
+        where = f"step {self.num_steps + 1}"
+        raise_first(faults, where=where, rest="nothing of this step was applied")
 
     def _refuse_saving(self, rows: ShardRows, row: int) -> NoReturn:
         raise RunError(

@@ -9,6 +9,7 @@ from torchrec import KeyedJaggedTensor
 import shardemb as se
 from shardemb import layouts, optim
 from shardemb.env import Env
+from shardemb.kernel_choice import KernelChoice
 from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
 from tests.every_layout import whole_table
@@ -82,9 +83,12 @@ class Both:
     Args:
         env: This process.
         max_norm: Of both.
+        kernel: What looks rows up and updates them.
     """
 
-    def __init__(self, env: Env, max_norm: float | None = None) -> None:
+    def __init__(
+        self, env: Env, max_norm: float | None = None, kernel: KernelChoice = "auto"
+    ) -> None:
         tables = make_tables()
         plain = se.EmbeddingBagCollection(tables, device="cpu")
         self.before = {
@@ -95,7 +99,7 @@ class Both:
         self.linear = Model(nn.Identity()).linear
         self.dense = torch.optim.SGD(self.linear.parameters(), lr=DENSE_LR)
         model = Model(se.EmbeddingBagCollection(tables))
-        plan = se.plan_sharding(model, env, where(env))
+        plan = se.plan_sharding(model, env, where(env), kernel=kernel)
         self.model = se.shard_modules(model, plan, env)
         self.optimizer = se.build_optimizer(
             self.model, dense=lambda p: torch.optim.SGD(p, lr=DENSE_LR), max_norm=max_norm

@@ -2,8 +2,8 @@
 
 # R rows, D width
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from torchrec import KeyedJaggedTensor
 
 import shardemb as se
 from shardemb.env import Env
+from shardemb.kernel_choice import KernelChoice
 from shardemb.layouts import Layout
+from tests.plans import KERNELS
 from tests.reference import Reference
 
 
@@ -33,6 +35,7 @@ class Case:
         num_steps: How many steps to take.
         linear: Whether the loss is linear in the rows, so that rounding errors do not grow.
         id_dtypes: Of each rank's ids; by default int64.
+        kernel: What looks rows up and updates them; "auto" is the native one where it runs.
     """
 
     tables: Sequence[se.TableConfig]
@@ -44,6 +47,7 @@ class Case:
     tolerance: float = 2e-5
     linear: bool = False
     id_dtypes: Sequence[torch.dtype] = ()
+    kernel: KernelChoice = "auto"
 
     def collection(
         self, device: str
@@ -57,7 +61,8 @@ class Case:
     def assert_close(self, actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
         def message(text: str) -> str:
             return (
-                f"{name}, {', '.join(f'{t} {layout}' for t, layout in self.where.items())}: {text}"
+                f"{name}, kernel {self.kernel}, "
+                f"{', '.join(f'{t} {layout}' for t, layout in self.where.items())}: {text}"
             )
 
         torch.testing.assert_close(
@@ -67,6 +72,19 @@ class Case:
             atol=self.tolerance,
             msg=message,
         )
+
+
+def on_both_kernels(cases: Iterable[Case], *, first: int = 0) -> Iterator[Case]:
+    """Each case, and every second one on FBGEMM's kernel too, where both kernels run.
+
+    Args:
+        cases: On "auto".
+        first: Number of the first; an even number is tried on both.
+    """
+    for number, case in enumerate(cases, first):
+        yield case
+        if len(KERNELS) > 1 and number % 2 == 0:
+            yield replace(case, kernel="fbgemm")
 
 
 class Loss(nn.Module):
@@ -140,7 +158,7 @@ def check(env: Env, case: Case) -> None:
     }
     reference = Reference(case.tables, before)
     model = Loss(case, case.collection("meta"))
-    plan = se.plan_sharding(model, env, case.where)
+    plan = se.plan_sharding(model, env, case.where, kernel=case.kernel)
     assert {t.table: t.layout for t in plan.tables} == {
         name: layout.torchrec_name for name, layout in case.where.items()
     }

@@ -9,7 +9,7 @@ import shardemb as se
 from shardemb import layouts, optim
 from shardemb.cluster import Cluster
 from shardemb.data.profile import DataProfile, FeatureProfile
-from shardemb.kernel_choice import KernelChoice
+from shardemb.kernel_choice import Kernel, KernelChoice
 from shardemb.layouts import Layout
 from shardemb.native.library import missing
 from shardemb.placement import ShardingPlan, TablePlacement
@@ -17,6 +17,8 @@ from shardemb.plans.shards import shards_of
 from shardemb.workload import Workload
 
 NEEDS_NATIVE = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+KERNELS: tuple[Kernel, ...] = ("fbgemm",) if missing() else ("native", "fbgemm")
+"""Those that run on this machine's CPU."""
 ENV = se.Env(world_size=4, num_nodes=2)
 TWO_NODES = Cluster(
     name="two nodes of two",

@@ -10,6 +10,7 @@ from torchrec import KeyedJaggedTensor
 import shardemb as se
 from shardemb import init, layouts
 from shardemb.env import Env
+from shardemb.kernel_choice import KernelChoice
 from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
 
@@ -102,9 +103,13 @@ def whole(tensor: ShardedTensor, env: Env) -> torch.Tensor | None:
 
 
 def sharded_model(
-    optimizer: SparseOptimizer, env: Env, where: Mapping[str, Layout] = LAYOUTS, seed: int = 3
+    optimizer: SparseOptimizer,
+    env: Env,
+    where: Mapping[str, Layout] = LAYOUTS,
+    seed: int = 3,
+    kernel: KernelChoice = "auto",
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = Sum(se.EmbeddingBagCollection(make_tables(optimizer), seed=seed))
-    plan = se.plan_sharding(model, env, where)
+    plan = se.plan_sharding(model, env, where, kernel=kernel)
     sharded = se.shard_modules(model, plan, env)
     return sharded, se.build_optimizer(sharded)

@@ -17,8 +17,10 @@ from shardemb import layouts, optim
 from shardemb.checkpoint import latest_checkpoint
 from shardemb.env import Env
 from shardemb.errors import RunError
+from shardemb.kernel_choice import KernelChoice
 from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
+from tests.plans import KERNELS
 from tests.spmd import run_ranks, spmd
 
 ROW_WISE_ADAGRAD = optim.RowWiseAdagrad(lr=0.1)
@@ -62,12 +64,14 @@ def build(
     optimizer: SparseOptimizer = ROW_WISE_ADAGRAD,
     dense: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     dtype: Literal["float32", "float16"] = "float32",
+    kernel: KernelChoice = "auto",
 ) -> tuple[nn.Module, Any]:
     model = Model(make_tables(num_embeddings, optimizer, dtype))
     where = where or {"a": layouts.row_wise(), "b": layouts.table_wise(rank=0)}
     for number, name in enumerate("cdef"):
         where[name] = layouts.table_wise(rank=number % env.world_size)
-    sharded = se.shard_modules(model, se.plan_sharding(model, env, where), env)
+    plan = se.plan_sharding(model, env, where, kernel=kernel)
+    sharded = se.shard_modules(model, plan, env)
     return sharded, se.build_optimizer(sharded, dense=lambda p: dense(p, lr=0.01))
 
 
@@ -91,20 +95,55 @@ def losses(model: nn.Module, optimizer: Any, env: Env, first: int, last: int) ->
 
 @spmd(world_size=2)
 def test_a_loaded_run_goes_on_bit_for_bit(env: Env, tmp_path: Path) -> None:
-    model, optimizer = build(env)
-    losses(model, optimizer, env, 0, 3)
-    for group in optimizer.param_groups:
-        group["lr"] *= 0.5
-    path = se.save_checkpoint(tmp_path / "3", model, optimizer, step=3, env=env)
-    expected = losses(model, optimizer, env, 3, 6)
-    loaded, its_optimizer = build(env)
-    fresh = losses(loaded, its_optimizer, env, 3, 6)
-    assert fresh != expected
-    loaded, its_optimizer = build(env)
-    assert se.load_checkpoint(path, loaded, its_optimizer, env=env) == 3
-    assert losses(loaded, its_optimizer, env, 3, 6) == expected
-    assert its_optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
-    assert its_optimizer.param_groups[-1]["lr"] == pytest.approx(0.005)
+    for kernel in KERNELS:
+        model, optimizer = build(env, kernel=kernel)
+        losses(model, optimizer, env, 0, 3)
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.5
+        path = se.save_checkpoint(tmp_path / kernel, model, optimizer, step=3, env=env)
+        expected = losses(model, optimizer, env, 3, 6)
+        loaded, its_optimizer = build(env, kernel=kernel)
+        fresh = losses(loaded, its_optimizer, env, 3, 6)
+        assert fresh != expected
+        loaded, its_optimizer = build(env, kernel=kernel)
+        assert se.load_checkpoint(path, loaded, its_optimizer, env=env) == 3
+        assert losses(loaded, its_optimizer, env, 3, 6) == expected
+        assert its_optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+        assert its_optimizer.param_groups[-1]["lr"] == pytest.approx(0.005)
+
+
+@spmd(world_size=2)
+def test_rows_and_states_that_are_not_finite_are_refused_on_all_ranks(
+    env: Env, tmp_path: Path
+) -> None:
+    nan, inf = float("nan"), float("inf")
+    bad = (("b", None, 27, -inf), ("b", None, 3, nan), ("a", "momentum1", 5, nan))
+    slices: dict[str, Layout] = {"a": layouts.column_wise(ranks=[0, 1]), "b": layouts.row_wise()}
+    for where, kernel in zip((slices, None), KERNELS, strict=False):
+        model, optimizer = build(env, where, kernel=kernel)
+        losses(model, optimizer, env, 0, 1)
+        good = se.save_checkpoint(tmp_path / f"good {kernel}", model, optimizer, step=1, env=env)
+        for number, (table, state, row, value) in enumerate((*bad, ("c", "momentum1", 39, inf))):
+            for rows in optimizer.rows.blocks:
+                held = rows.state[state] if state else rows.weight_RD
+                if rows.table == table and 0 <= row - rows.first_row < len(held):
+                    held[row - rows.first_row] = value
+            path = tmp_path / f"{kernel}{number}"
+            se.save_checkpoint(path, model, optimizer, step=1, env=env)
+            weight = f"collection.embedding_bags.{table}.weight"
+            name = f"optim/fused/{weight}/{table}.{state}" if state else f"model/{weight}"
+            with pytest.raises(
+                RunError,
+                match=rf"{kernel}{number}: row {row} of '{name}' is {value}, on rank \d; the model "
+                "holds it now and is not to be trained; load an older checkpoint$",
+            ):
+                se.load_checkpoint(path, model, optimizer, env=env)
+            assert se.load_checkpoint(good, model, optimizer, env=env) == 1
+        with torch.no_grad():
+            optimizer.dense_parameters["linear.bias"].fill_(nan)
+        path = se.save_checkpoint(tmp_path / f"bias {kernel}", model, optimizer, step=1, env=env)
+        with pytest.raises(RunError, match=r"row 0 of 'model/linear\.bias' is nan, on rank 0; the"):
+            se.load_checkpoint(path, model, optimizer, env=env)
 
 
 def save_for_others(env: Env, folder: str) -> None:

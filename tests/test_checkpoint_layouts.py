@@ -1,6 +1,7 @@
-"""A checkpoint of one layout opens in every other, optimizer rows included."""
+"""A checkpoint of one layout or kernel opens in every other, optimizer rows included."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from shardemb import layouts, optim
 from shardemb.env import Env
 from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
-from tests.every_layout import Case, Loss, batch_of, optimizer_rows, whole_table
+from shardemb.updates.fbgemm_kernel import FbgemmKernel
+from shardemb.updates.native_kernel import NativeKernel
+from shardemb.updates.sharded import row_kernels
+from tests.every_layout import Case, Loss, batch_of, loss_of, optimizer_rows, whole_table
+from tests.plans import KERNELS, NEEDS_NATIVE
 from tests.spmd import spmd
 from tests.test_every_layout import NAMES, every_layout, make_tables
 
@@ -24,7 +29,8 @@ def trained(
 ) -> tuple[nn.Module, CombinedOptimizer, dict[str, torch.Tensor]]:
     """A sharded model after some steps, its optimizer, and all rows that it then has."""
     model = Loss(case, case.collection("meta"))
-    sharded = se.shard_modules(model, se.plan_sharding(model, env, case.where), env)
+    plan = se.plan_sharding(model, env, case.where, kernel=case.kernel)
+    sharded = se.shard_modules(model, plan, env)
     optimizer = se.build_optimizer(sharded)
     for step in range(num_steps):
         optimizer.zero_grad()
@@ -92,3 +98,63 @@ def test_one_optimizer_opens_where_replicated_tables_and_others_are_one_group(
     for name, expected in rows.items():
         assert not torch.equal(before[name], expected)
         assert torch.equal(after[name], expected)
+
+
+@NEEDS_NATIVE
+@spmd(world_size=2)
+def test_a_checkpoint_of_one_kernel_opens_under_the_other_bit_for_bit(
+    env: Env, tmp_path: Path
+) -> None:
+    kinds: list[Layout] = [
+        layouts.row_wise(),
+        layouts.table_wise(rank=1),
+        layouts.column_wise(ranks=[1, 0]),
+        layouts.data_parallel(),
+    ]
+    turned = [dict(zip(NAMES, kinds[first:] + kinds[:first], strict=False)) for first in (0, 2)]
+    for optimizer in (
+        optim.Adagrad(lr=0.1),
+        optim.RowWiseAdagrad(lr=0.1),
+        optim.PartialRowWiseAdam(lr=0.1),
+    ):
+        for number, kernel in enumerate(KERNELS):
+            case = Case(
+                tables=make_tables(optimizer), where=turned[0], num_samples=[4, 4], kernel=kernel
+            )
+            model, combined, saved = trained(env, case, 3)
+            path = tmp_path / f"{type(optimizer).__name__} {kernel}"
+            se.save_checkpoint(path, model, combined, step=3, env=env)
+            other = replace(case, kernel=KERNELS[1 - number], where=turned[1])
+            model, combined, before = trained(env, other, 1)
+            assert se.load_checkpoint(path, model, combined, env=env) == 3
+            found = all_rows(other, model, combined)
+            assert list(found) == list(saved)
+            for name, rows in found.items():
+                assert not torch.equal(before[name], saved[name])
+                assert torch.equal(rows, saved[name]), f"{name}, {kernel} to {other.kernel}"
+
+
+@NEEDS_NATIVE
+@spmd(world_size=2)
+def test_a_plan_file_brings_its_kernel_whichever_is_the_default(env: Env, tmp_path: Path) -> None:
+    where: dict[str, Layout] = dict.fromkeys(NAMES, layouts.row_wise())
+    case = Case(tables=make_tables(optim.Adagrad(lr=0.1)), where=where, num_samples=[4, 4])
+    kinds = {"native": NativeKernel, "fbgemm": FbgemmKernel}
+    found = []
+    for kernel in KERNELS:
+        path = tmp_path / f"{kernel} of rank {env.rank}"
+        se.plan_sharding(case.collection("meta"), env, where, kernel=kernel).save(path)
+        collection = case.collection("meta")
+        plan = se.load_plan(path, collection, env)
+        sharded = se.shard_modules(collection, plan, env)
+        assert {type(one) for one in row_kernels(sharded)} == {kinds[kernel]}
+        optimizer = se.build_optimizer(sharded)
+        before = [rows.weight_RD.clone() for rows in optimizer.rows.blocks]
+        batch = batch_of(case, 0, env.rank)
+        loss_of(sharded(batch).to_dict(), batch.stride(), linear=False).backward()
+        optimizer.step()
+        after = [rows.weight_RD for rows in optimizer.rows.blocks]
+        assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+        found.append(after)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -14,7 +14,7 @@ from shardemb import init, layouts, optim
 from shardemb.env import Env
 from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
-from tests.every_layout import Case, check, whole_table
+from tests.every_layout import Case, check, on_both_kernels, whole_table
 from tests.spmd import spmd
 
 OPTIMIZERS: tuple[SparseOptimizer, ...] = (
@@ -92,15 +92,15 @@ def cases(env: Env, layout: Layout, *, sequence: bool) -> Iterator[Case]:
 
 @spmd(world_size=2)
 def test_every_pooled_layout_equals_unsharded_float64_on_two_ranks(env: Env) -> None:
-    for layout in every_layout(env):
-        for case in cases(env, layout, sequence=False):
+    for position, layout in enumerate(every_layout(env), env.num_nodes):
+        for case in on_both_kernels(cases(env, layout, sequence=False), first=position):
             check(env, case)
 
 
 @spmd(world_size=4, num_nodes=2)
 def test_every_pooled_layout_equals_unsharded_float64_on_two_nodes(env: Env) -> None:
-    for layout in every_layout(env):
-        for case in cases(env, layout, sequence=False):
+    for position, layout in enumerate(every_layout(env), env.num_nodes):
+        for case in on_both_kernels(cases(env, layout, sequence=False), first=position):
             check(env, case)
 
 
@@ -111,15 +111,15 @@ def sequence_layouts(env: Env) -> list[Layout]:
 
 @spmd(world_size=2)
 def test_every_sequence_layout_equals_unsharded_float64_on_two_ranks(env: Env) -> None:
-    for layout in sequence_layouts(env):
-        for case in cases(env, layout, sequence=True):
+    for position, layout in enumerate(sequence_layouts(env), env.num_nodes):
+        for case in on_both_kernels(cases(env, layout, sequence=True), first=position):
             check(env, case)
 
 
 @spmd(world_size=4, num_nodes=2)
 def test_every_sequence_layout_equals_unsharded_float64_on_two_nodes(env: Env) -> None:
-    for layout in sequence_layouts(env):
-        for case in cases(env, layout, sequence=True):
+    for position, layout in enumerate(sequence_layouts(env), env.num_nodes):
+        for case in on_both_kernels(cases(env, layout, sequence=True), first=position):
             check(env, case)
 
 
@@ -138,13 +138,16 @@ def test_all_layouts_in_one_collection_equal_unsharded_float64(env: Env) -> None
         )
         for position, name in enumerate(where)
     ]
-    check(env, Case(tables=tables, where=where, num_samples=[3, 1, 4, 2]))
+    for case in on_both_kernels([Case(tables=tables, where=where, num_samples=[3, 1, 4, 2])]):
+        check(env, case)
     four = [where[name] for name in ("row_wise", "table_wise", "column_wise", "data_parallel")]
     sequences = as_sequences(make_tables(optim.Adagrad(lr=0.1)))
     for first in range(4):
         turned = four[first:] + four[:first]
         mixed = dict(zip(NAMES, turned, strict=False))
-        check(env, Case(tables=sequences, where=mixed, sequence=True, num_samples=[3, 1, 4, 2]))
+        one = Case(tables=sequences, where=mixed, sequence=True, num_samples=[3, 1, 4, 2])
+        for case in on_both_kernels([one], first=first):
+            check(env, case)
 
 
 class TwoCollections(nn.Module):
@@ -230,9 +233,10 @@ def test_pooled_and_sequence_collections_train_in_one_model(env: Env) -> None:
 @spmd(world_size=2)
 def test_a_frozen_collection_stays_bit_for_bit_under_every_layout(env: Env) -> None:
     tables = make_tables(optim.Adagrad(lr=0.1), trainable=False)
-    for layout in every_layout(env):
-        case = Case(tables=tables, where=dict.fromkeys(NAMES, layout), num_samples=[4, 4])
-        check(env, case)
+    for position, layout in enumerate(every_layout(env)):
+        one = Case(tables=tables, where=dict.fromkeys(NAMES, layout), num_samples=[4, 4])
+        for case in on_both_kernels([one], first=position):
+            check(env, case)
 
 
 def test_what_a_layout_cannot_compute_is_refused_with_what_can() -> None:

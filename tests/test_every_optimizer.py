@@ -11,7 +11,7 @@ from shardemb import init, layouts, optim
 from shardemb.env import Env
 from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
-from tests.every_layout import Case, check
+from tests.every_layout import Case, check, on_both_kernels
 from tests.spmd import spmd
 from tests.test_every_layout import every_layout, sequence_layouts
 
@@ -74,15 +74,22 @@ def case(env: Env, layout: Layout, *, sequence: bool) -> Case:
 
 
 def cases(env: Env) -> Iterator[Case]:
-    for layout in every_layout(env):
-        yield case(env, layout, sequence=False)
-    for layout in sequence_layouts(env):
-        yield case(env, layout, sequence=True)
+    """Half of the layouts on FBGEMM's kernel too, and the other half on two nodes."""
+
+    def every() -> Iterator[Case]:
+        for layout in every_layout(env):
+            yield case(env, layout, sequence=False)
+        for layout in sequence_layouts(env):
+            yield case(env, layout, sequence=True)
+
+    for one in on_both_kernels(every(), first=env.num_nodes):
+        yield replace(one, num_steps=6) if one.kernel == "fbgemm" else one
 
 
 @spmd(world_size=1)
 def test_every_optimizer_equals_unsharded_float64_on_one_rank(env: Env) -> None:
-    check(env, case(env, layouts.table_wise(rank=0), sequence=False))
+    for one in on_both_kernels([case(env, layouts.table_wise(rank=0), sequence=False)]):
+        check(env, one)
     check(env, case(env, layouts.data_parallel(), sequence=False))
 
 

@@ -15,7 +15,9 @@ from torchrec import KeyedJaggedTensor
 import shardemb as se
 from shardemb import layouts, optim
 from shardemb.env import Env
+from shardemb.kernel_choice import KernelChoice
 from shardemb.optim import SparseOptimizer
+from tests.plans import KERNELS
 from tests.reference import Reference
 from tests.spmd import spmd
 from tests.test_every_layout import every_layout, sequence_layouts
@@ -119,7 +121,13 @@ def norm_of(parameters: Sequence[torch.Tensor]) -> float:
     return float(torch.cat(grads).norm())
 
 
-def check(env: Env, *, num_micro_batches: int, max_norm: float | None) -> None:
+def check(
+    env: Env,
+    *,
+    num_micro_batches: int,
+    max_norm: float | None,
+    kernel: KernelChoice = "auto",
+) -> None:
     layouts_of_bags, layouts_of_lists = every_layout(env), sequence_layouts(env)
     bags = tables_of([f"bags{i}" for i in range(len(layouts_of_bags))])
     lists = tables_of([f"lists{i}" for i in range(len(layouts_of_lists))])
@@ -140,7 +148,8 @@ def check(env: Env, *, num_micro_batches: int, max_norm: float | None) -> None:
     ]
     alone = Model(nn.Identity(), nn.Identity(), names)
     model = Model(se.EmbeddingBagCollection(bags), se.EmbeddingCollection(lists), names)
-    sharded = se.shard_modules(model, se.plan_sharding(model, env, where), env)
+    plan = se.plan_sharding(model, env, where, kernel=kernel)
+    sharded = se.shard_modules(model, plan, env)
     optimizer = se.build_optimizer(
         sharded, dense=lambda p: torch.optim.SGD(p, lr=0.1), max_norm=max_norm
     )
@@ -210,11 +219,13 @@ def test_a_report_counts_what_the_batches_of_all_ranks_hold_on_two_ranks(env: En
     check(env, num_micro_batches=1, max_norm=None)
     check(env, num_micro_batches=2, max_norm=None)
     check(env, num_micro_batches=1, max_norm=1e-3)
+    check(env, num_micro_batches=2, max_norm=1e-3, kernel="fbgemm")
 
 
 @spmd(world_size=4, num_nodes=2)
 def test_a_report_counts_what_the_batches_of_all_ranks_hold_on_two_nodes(env: Env) -> None:
-    check(env, num_micro_batches=1, max_norm=None)
+    for kernel in KERNELS:
+        check(env, num_micro_batches=1, max_norm=None, kernel=kernel)
 
 
 @spmd(world_size=1)

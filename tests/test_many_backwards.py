@@ -11,7 +11,7 @@ from torchrec import KeyedJaggedTensor
 import shardemb as se
 from shardemb import layouts
 from shardemb.env import Env
-from tests.every_layout import Case, batch_of, check_rows, loss_of
+from tests.every_layout import Case, batch_of, check_rows, loss_of, on_both_kernels
 from tests.reference import Reference
 from tests.spmd import spmd
 from tests.test_every_layout import every_layout, sequence_layouts
@@ -67,7 +67,8 @@ def check(env: Env, case: Case, way: Way) -> None:
     reference = Reference(case.tables, before)
     forward = reference.forward_sequences if case.sequence else reference.forward
     model = Lookups(case)
-    sharded = se.shard_modules(model, se.plan_sharding(model, env, case.where), env)
+    plan = se.plan_sharding(model, env, case.where, kernel=case.kernel)
+    sharded = se.shard_modules(model, plan, env)
     optimizer = se.build_optimizer(sharded)
     for step in range(case.num_steps):
         optimizer.zero_grad()
@@ -90,11 +91,11 @@ def check(env: Env, case: Case, way: Way) -> None:
 
 @spmd(world_size=2)
 def test_lookups_and_backwards_before_a_step_are_merged_for_every_optimizer(env: Env) -> None:
-    for way in WAYS:
-        for layout in every_layout(env):
-            check(env, case_of(layout, sequence=False), way)
-        for layout in sequence_layouts(env):
-            check(env, case_of(layout, sequence=True), way)
+    for number, way in enumerate(WAYS):
+        pooled = [case_of(layout, sequence=False) for layout in every_layout(env)]
+        sequences = [case_of(layout, sequence=True) for layout in sequence_layouts(env)]
+        for case in on_both_kernels(pooled + sequences, first=number):
+            check(env, case, way)
 
 
 class Scored(Lookups):

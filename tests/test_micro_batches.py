@@ -19,7 +19,7 @@ from shardemb import layouts, optim
 from shardemb.env import Env
 from shardemb.errors import OtherRankError, RunError
 from shardemb.layouts import Layout
-from tests.every_layout import Case, check_rows
+from tests.every_layout import Case, check_rows, on_both_kernels
 from tests.reference import Reference
 from tests.spmd import run_ranks, spmd
 from tests.test_every_optimizer import case_of, make_tables
@@ -116,7 +116,8 @@ def check(env: Env, case: Case, *, max_norm: float | None = None) -> None:
         expected.append(float(loss.detach()))
 
     model = Scored(case, "meta")
-    sharded = se.shard_modules(model, se.plan_sharding(model, env, case.where), env)
+    plan = se.plan_sharding(model, env, case.where, kernel=case.kernel)
+    sharded = se.shard_modules(model, plan, env)
     optimizer = se.build_optimizer(
         sharded, dense=lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9), max_norm=max_norm
     )
@@ -135,15 +136,18 @@ def check(env: Env, case: Case, *, max_norm: float | None = None) -> None:
 
 @spmd(world_size=2)
 def test_micro_batches_equal_one_batch_of_all_samples_for_every_optimizer(env: Env) -> None:
-    for layout in (
+    kinds: list[Layout] = [
         layouts.row_wise(),
         layouts.table_wise(rank=1),
         layouts.column_wise(ranks=[1, 0]),
         layouts.data_parallel(),
-    ):
-        check(env, case_of(layout, sequence=False))
-        check(env, case_of(layout, sequence=False), max_norm=0.7)
-        check(env, case_of(layout, sequence=True))
+    ]
+    for number, layout in enumerate(kinds):
+        pooled, sequence = (case_of(layout, sequence=of_ids) for of_ids in (False, True))
+        for case in on_both_kernels((pooled, sequence), first=number):
+            check(env, case)
+        for case in on_both_kernels([pooled], first=number):
+            check(env, case, max_norm=0.7)
 
 
 def losses_of_four_parts(env: Env, folder: str) -> None:

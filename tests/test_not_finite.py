@@ -2,6 +2,7 @@
 
 # B batch of a rank, N ids
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,10 @@ from shardemb import init, layouts, optim
 from shardemb.collectives import CollectiveCounter
 from shardemb.env import Env
 from shardemb.errors import RunError
+from shardemb.kernel_choice import KernelChoice
 from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
+from tests.plans import KERNELS
 from tests.spmd import spmd
 from tests.test_every_layout import every_layout, sequence_layouts
 
@@ -65,6 +68,7 @@ class Run:
         tables: The tables.
         sequence: Whether they are looked up as sequences.
         max_norm: Of the optimizer.
+        kernel: What looks rows up and updates them.
     """
 
     def __init__(
@@ -75,11 +79,13 @@ class Run:
         *,
         sequence: bool = False,
         max_norm: float | None = None,
+        kernel: KernelChoice = "auto",
     ) -> None:
         kind = se.EmbeddingCollection if sequence else se.EmbeddingBagCollection
         model = Model(kind(tables), sequence=sequence)
         names = [table.name for table in tables]
-        plan = se.plan_sharding(model, env, dict(zip(names, where, strict=True)))
+        lie = dict(zip(names, where, strict=True))
+        plan = se.plan_sharding(model, env, lie, kernel=kernel)
         self.model = se.shard_modules(model, plan, env)
         self.optimizer = se.build_optimizer(
             self.model, dense=lambda p: torch.optim.SGD(p, lr=0.01), max_norm=max_norm
@@ -139,12 +145,12 @@ OPTIMIZERS = (optim.Adagrad(lr=0.1), optim.RowWiseAdagrad(lr=0.1), optim.Adam(lr
 def check_samples(env: Env) -> None:
     """One bad gradient, of the last rank but one, in a table of each layout."""
     rank = env.world_size - 2
-    for sequence in (False, True):
+    for kernel, sequence in itertools.product(KERNELS, (False, True)):
         where = sequence_layouts(env) if sequence else every_layout(env)
         tables = [
             make_table(f"t{number}", OPTIMIZERS[number % 3]) for number, _ in enumerate(where)
         ]
-        run = Run(env, where, tables, sequence=sequence)
+        run = Run(env, where, tables, sequence=sequence, kernel=kernel)
         run.goes_on()
         for table, layout in zip(tables, where, strict=True):
             run.backward(bad={(f"{table.name}_more", rank, 1): NAN})
@@ -184,15 +190,16 @@ LAYOUTS: Sequence[Layout] = (
 @spmd(world_size=2)
 def test_clipping_finds_what_is_not_finite_by_the_norm(env: Env) -> None:
     tables = [make_table(f"t{number}", OPTIMIZERS[number % 3]) for number in range(4)]
-    run = Run(env, LAYOUTS, tables, max_norm=0.1)
-    run.goes_on()
-    for table in tables:
-        for bad in (NAN, -INF):
-            run.backward(bad={(f"{table.name}_id", 1, 1): bad})
-            run.refused(f"step 2: the gradient of row 10 of table '{table.name}' is {bad}, on ")
-    run.backward(bad={("t0_id", 0, 0): 1e30})  # a square of which float32 has none
-    run.optimizer.step()
-    assert torch.isfinite(torch.cat([one.flatten().float() for one in run.state()])).all()
+    for kernel in KERNELS:
+        run = Run(env, LAYOUTS, tables, max_norm=0.1, kernel=kernel)
+        run.goes_on()
+        for table in tables:
+            for bad in (NAN, -INF):
+                run.backward(bad={(f"{table.name}_id", 1, 1): bad})
+                run.refused(f"step 2: the gradient of row 10 of table '{table.name}' is {bad}, on ")
+        run.backward(bad={("t0_id", 0, 0): 1e30})  # a square of which float32 has none
+        run.optimizer.step()
+        assert torch.isfinite(torch.cat([one.flatten().float() for one in run.state()])).all()
 
 
 @spmd(world_size=2)
@@ -213,22 +220,23 @@ def test_a_setting_that_is_not_finite_on_one_rank_stops_both(env: Env) -> None:
 
 @spmd(world_size=2)
 def test_a_row_that_was_loaded_infinite_stops_the_step_that_looks_it_up(env: Env) -> None:
-    for optimizer in (optim.SGD(lr=0.1), *OPTIMIZERS):
+    optimizers: tuple[SparseOptimizer, ...] = (optim.SGD(lr=0.1), *OPTIMIZERS)
+    for kernel, optimizer in itertools.product(KERNELS, optimizers):
         tables = [make_table(f"t{number}", optimizer) for number in range(4)]
-        run = Run(env, LAYOUTS, tables)
+        run = Run(env, LAYOUTS, tables, kernel=kernel)
         run.goes_on()
         for table in tables:
-            for row in (9, 40):  # the second is not looked up
+            for row, value in ((9, -INF), (9, NAN), (40, NAN)):  # the last is not looked up
                 blocks = [b for b in run.optimizer.rows.blocks if b.table == table.name]
                 kept = [block.weight_RD.clone() for block in blocks]
                 for block in blocks:
                     local = row - block.first_row
                     if block.first_column == 0 and 0 <= local < len(block.weight_RD):
-                        block.weight_RD[local, 1] = -INF
+                        block.weight_RD[local, 1] = value
                 run.backward()
                 if row == 9:
                     run.refused(
-                        f"row 9 of table '{table.name}' is -inf, on .*by sample 0 of rank 1;"
+                        f"row 9 of table '{table.name}' is {value}, on .*by sample 0 of rank 1;"
                     )
                 else:
                     run.optimizer.step()
@@ -238,12 +246,12 @@ def test_a_row_that_was_loaded_infinite_stops_the_step_that_looks_it_up(env: Env
 
 @spmd(world_size=2)
 def test_16_bit_rows_that_overflow_stop_the_step(env: Env) -> None:
-    for rounding in ("nearest", "stochastic"):
+    for kernel, rounding in itertools.product(KERNELS, ("nearest", "stochastic")):
         tables = [
             make_table(f"t{number}", optim.SGD(lr=1.0), dtype="float16", rounding=rounding)
             for number in range(3)
         ]
-        run = Run(env, LAYOUTS[:3], tables)
+        run = Run(env, LAYOUTS[:3], tables, kernel=kernel)
         run.goes_on()
         for table in tables:
             run.backward(bad={(f"{table.name}_id", 1, 2): 1e6})
@@ -260,8 +268,9 @@ def test_what_only_the_update_makes_infinite_stops_the_step(env: Env) -> None:
         (optim.Adam(lr=0.1), 0.1, 1e25, "exp_avg_sq of row 8 of table 't{}' becomes inf"),
         (optim.SGD(lr=0.1), 1e30, 1e10, "row 8 of table 't{}' becomes -inf"),
     ]
-    for optimizer, lr, weight, message in cases:
-        run = Run(env, LAYOUTS, [make_table(f"t{number}", optimizer) for number in range(4)])
+    for kernel, (optimizer, lr, weight, message) in itertools.product(KERNELS, cases):
+        tables = [make_table(f"t{number}", optimizer) for number in range(4)]
+        run = Run(env, LAYOUTS, tables, kernel=kernel)
         for number in range(4):
             group = run.optimizer.param_groups[number]
             group["lr"] = lr
@@ -289,13 +298,15 @@ def test_a_dense_gradient_or_parameter_that_is_not_finite_is_named(env: Env) -> 
 
 @spmd(world_size=2)
 def test_the_check_is_one_small_collective(env: Env) -> None:
-    counted = []
-    for max_norm in (None, 1.0):
-        run = Run(env, LAYOUTS[:1], [make_table("t0", optim.Adam(lr=0.1))], max_norm=max_norm)
-        run.backward()
-        with CollectiveCounter() as counter:
-            run.optimizer.step()
-        ((kind, count),) = counter.counts.items()
-        assert kind == ("all_reduce", 2)
-        counted.append((count.num_calls, count.buffer_bytes))
-    assert counted == [(1, 32), (2, 40)]
+    tables = [make_table("t0", optim.Adam(lr=0.1))]
+    for kernel in KERNELS:
+        counted = []
+        for max_norm in (None, 1.0):
+            run = Run(env, LAYOUTS[:1], tables, max_norm=max_norm, kernel=kernel)
+            run.backward()
+            with CollectiveCounter() as counter:
+                run.optimizer.step()
+            ((kind, count),) = counter.counts.items()
+            assert kind == ("all_reduce", 2)
+            counted.append((count.num_calls, count.buffer_bytes))
+        assert counted == [(1, 32), (2, 40)]

@@ -15,6 +15,7 @@ from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
 from tests.both import DENSE_LR, OPTIMIZERS, Both, Model, batch_of, make_tables, where
 from tests.every_layout import Case, check
+from tests.plans import KERNELS
 from tests.spmd import spmd
 
 Schedule = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
@@ -33,8 +34,8 @@ SCHEDULES: list[tuple[Schedule, Callable[[int], float]]] = [
 
 @spmd(world_size=2)
 def test_what_a_schedule_sets_reaches_every_kind_of_table_on_the_very_next_step(env: Env) -> None:
-    for make, factor in SCHEDULES:
-        both = Both(env)
+    for number, (make, factor) in enumerate(SCHEDULES):
+        both = Both(env, kernel=KERNELS[number % len(KERNELS)])
         scheduler = make(both.optimizer)
         for step in range(5):
             for name, optimizer in OPTIMIZERS.items():
@@ -49,44 +50,47 @@ def test_what_a_schedule_sets_reaches_every_kind_of_table_on_the_very_next_step(
 
 @spmd(world_size=2)
 def test_any_setting_of_one_table_can_be_changed_by_hand(env: Env) -> None:
-    both = Both(env)
-    groups = {group.get("table"): group for group in both.optimizer.param_groups}
-    assert list(groups) == [*OPTIMIZERS, None]
     changed: dict[str, SparseOptimizer] = {
         "fused": optim.Adagrad(lr=0.03, eps=1e-2),
         "own": optim.Adam(lr=0.1, betas=(0.5, 0.8)),
     }
-    for step in range(4):
-        if step == 2:
-            for name, optimizer in changed.items():
-                both.reference.optimizers[name] = optimizer
-                groups[name].update(vars(optimizer))
-        both.step(step)
-    both.assert_equal()
+    for kernel in KERNELS:
+        both = Both(env, kernel=kernel)
+        groups = {group.get("table"): group for group in both.optimizer.param_groups}
+        assert list(groups) == [*OPTIMIZERS, None]
+        for step in range(4):
+            if step == 2:
+                for name, optimizer in changed.items():
+                    both.reference.optimizers[name] = optimizer
+                    groups[name].update(vars(optimizer))
+            both.step(step)
+        both.assert_equal()
 
 
 @spmd(world_size=2)
 def test_several_backward_passes_are_one_step_on_all_their_samples(env: Env) -> None:
-    both = Both(env)
-    for step in range(4):
-        both.step(step, num_micro_batches=3)
-    both.assert_equal()
+    for kernel in KERNELS:
+        both = Both(env, kernel=kernel)
+        for step in range(4):
+            both.step(step, num_micro_batches=3)
+        both.assert_equal()
 
 
 @spmd(world_size=2)
 def test_gradients_of_rows_and_dense_parameters_are_clipped_by_their_norm_together(
     env: Env,
 ) -> None:
-    both = Both(env, max_norm=0.05)
-    for step in range(4):
-        both.step(step)
-        assert both.optimizer.grad_norm is not None
-        assert both.optimizer.grad_norm > 0.05
-    both.assert_equal()
-    both = Both(env, max_norm=0.05)
-    for step in range(3):
-        both.step(step, num_micro_batches=2)
-    both.assert_equal()
+    for kernel in KERNELS:
+        both = Both(env, max_norm=0.05, kernel=kernel)
+        for step in range(4):
+            both.step(step)
+            assert both.optimizer.grad_norm is not None
+            assert both.optimizer.grad_norm > 0.05
+        both.assert_equal()
+        both = Both(env, max_norm=0.05, kernel=kernel)
+        for step in range(3):
+            both.step(step, num_micro_batches=2)
+        both.assert_equal()
 
 
 @spmd(world_size=2)
@@ -101,12 +105,14 @@ def test_a_forward_without_backward_leaves_no_trace(env: Env) -> None:
 
 
 @spmd(world_size=2)
-def test_state_is_complete_and_loads_into_an_optimizer_of_the_same_tables(env: Env) -> None:
-    first = Both(env)
+def test_state_is_complete_and_loads_into_an_optimizer_of_the_same_tables_on_another_kernel(
+    env: Env,
+) -> None:
+    first = Both(env, kernel=KERNELS[0])
     for step in range(2):
         first.step(step)
     first.optimizer.param_groups[0]["lr"] = 0.07
-    second = Both(env)
+    second = Both(env, kernel=KERNELS[-1])
     second.step(5)
     second.model.load_state_dict(first.model.state_dict())
     second.optimizer.load_state_dict(first.optimizer.state_dict())
@@ -219,4 +225,5 @@ def test_slices_of_tables_whose_kernels_come_in_another_order_on_each_rank_are_k
         for name in ranks
     ]
     where: dict[str, Layout] = {name: layouts.column_wise(of) for name, of in ranks.items()}
-    check(env, Case(tables=tables, where=where, num_samples=[4] * 3))
+    for kernel in KERNELS:
+        check(env, Case(tables=tables, where=where, num_samples=[4] * 3, kernel=kernel))

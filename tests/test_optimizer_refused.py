@@ -1,5 +1,6 @@
 """What the optimizer, and tables without it, refuse by name."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from shardemb import layouts, optim
 from shardemb.env import Env
 from shardemb.errors import RunError
 from tests.both import Both, Model, batch_of, make_tables, where
+from tests.plans import KERNELS
 from tests.spmd import spmd
 
 
@@ -36,10 +38,11 @@ def test_weights_of_ids_that_want_a_gradient_are_refused_by_the_kernel_of_fbgemm
 
 @spmd(world_size=2)
 def test_a_backward_pass_after_a_step_needs_zero_grad_in_every_layout(env: Env) -> None:
-    for name, layout in where(env).items():
+    for kernel, (name, layout) in itertools.product(KERNELS, where(env).items()):
         tables = [table for table in make_tables() if table.name == name]
         model = nn.Sequential(se.EmbeddingBagCollection(tables))
-        sharded = se.shard_modules(model, se.plan_sharding(model, env, {name: layout}), env)
+        plan = se.plan_sharding(model, env, {name: layout}, kernel=kernel)
+        sharded = se.shard_modules(model, plan, env)
         optimizer = se.build_optimizer(sharded)
         batch = KeyedJaggedTensor(
             keys=[name], values=torch.tensor([1, 39]), lengths=torch.tensor([1, 1])
@@ -64,10 +67,10 @@ def test_a_max_norm_must_be_positive(env: Env) -> None:
 
 @spmd(world_size=2)
 def test_rows_without_an_optimizer_are_not_trained_in_silence(env: Env) -> None:
-    for name in ("own", "fused"):
+    for kernel, name in itertools.product(KERNELS, ("own", "fused")):
         tables = [table for table in make_tables() if table.name == name]
         model = nn.Sequential(se.EmbeddingBagCollection(tables))
-        plan = se.plan_sharding(model, env, {name: layouts.row_wise()})
+        plan = se.plan_sharding(model, env, {name: layouts.row_wise()}, kernel=kernel)
         sharded = se.shard_modules(model, plan, env)
         batch = KeyedJaggedTensor(
             keys=[name], values=torch.tensor([1, 39]), lengths=torch.tensor([1, 1])
@@ -190,21 +193,22 @@ def test_groups_that_hold_nonsense_are_refused_by_table(env: Env) -> None:
 
 @spmd(world_size=2)
 def test_a_refused_step_can_be_mended_and_taken_exactly_once(env: Env) -> None:
-    both = Both(env, max_norm=0.05)
-    if env.is_main:
-        both.optimizer.param_groups[0]["lr"] = float("nan")
-    both.optimizer.zero_grad()
-    both.model(batch_of(0, env.rank)).backward()
-    with pytest.raises(RunError, match="lr of table 'fused' is nan"):
+    for kernel in KERNELS:
+        both = Both(env, max_norm=0.05, kernel=kernel)
+        if env.is_main:
+            both.optimizer.param_groups[0]["lr"] = float("nan")
+        both.optimizer.zero_grad()
+        both.model(batch_of(0, env.rank)).backward()
+        with pytest.raises(RunError, match="lr of table 'fused' is nan"):
+            both.optimizer.step()
+        both.optimizer.param_groups[0]["lr"] = 0.1
         both.optimizer.step()
-    both.optimizer.param_groups[0]["lr"] = 0.1
-    both.optimizer.step()
-    again = both.model.state_dict()
-    straight = Both(env, max_norm=0.05)
-    straight.step(0)
-    for name, expected in straight.model.state_dict().items():
-        for one, other in zip(local(again[name]), local(expected), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        again = both.model.state_dict()
+        straight = Both(env, max_norm=0.05, kernel=kernel)
+        straight.step(0)
+        for name, expected in straight.model.state_dict().items():
+            for one, other in zip(local(again[name]), local(expected), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 def local(value: Any) -> list[torch.Tensor]:

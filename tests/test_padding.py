@@ -18,9 +18,11 @@ from shardemb.data.guarded_forward import CheckedBatch, GuardedForward
 from shardemb.data.id_guard import FeatureLimit
 from shardemb.env import Env
 from shardemb.init import Pretrained
+from shardemb.kernel_choice import KernelChoice
 from shardemb.layouts import Layout
 from shardemb.modules.discovery import find_collections, tables_of
 from tests.every_layout import whole_table
+from tests.plans import KERNELS
 from tests.spmd import spmd
 
 NUM_ROWS, WIDTH, LR = 23, 16, 0.25
@@ -187,12 +189,12 @@ def every_layout() -> Iterator[Layout]:
     yield layouts.grid_shard(nodes=[0])
 
 
-def check_sharded(env: Env, kind: str, layout: Layout) -> None:
+def check_sharded(env: Env, kind: str, layout: Layout, kernel: KernelChoice = "auto") -> None:
     """Compares the outputs of a step with torch's, and for bags the rows after it."""
     tables = tables_for(kind)
     before = weights_of(build(tables, kind, "cpu"))
     model = build(tables, kind, "meta")
-    plan = se.plan_sharding(model, env, {table.name: layout for table in tables})
+    plan = se.plan_sharding(model, env, {table.name: layout for table in tables}, kernel=kernel)
     sharded = se.shard_modules(model, plan, env)
     optimizer = se.build_optimizer(sharded)
     torchs = InTorch(tables, before, pooled=kind != "sequence")
@@ -233,15 +235,18 @@ def check_sharded(env: Env, kind: str, layout: Layout) -> None:
 @spmd(world_size=2)
 def test_sharded_bags_leave_padding_out_in_every_layout_as_torch_does(env: Env) -> None:
     for layout in every_layout():
-        for kind in ("bags", "weighted"):
-            check_sharded(env, kind, layout)
+        check_sharded(env, "bags", layout)
+        for kernel in KERNELS:
+            check_sharded(env, "weighted", layout, kernel)
+    check_sharded(env, "bags", layouts.row_wise(), "fbgemm")
 
 
 @spmd(world_size=2)
 def test_sharded_sequences_return_the_padding_row_as_torch_does(env: Env) -> None:
     for layout in every_layout():
         if not isinstance(layout, (layouts.TableRowWise, layouts.GridShard)):
-            check_sharded(env, "sequence", layout)
+            for kernel in KERNELS:
+                check_sharded(env, "sequence", layout, kernel)
 
 
 class Model(nn.Module):

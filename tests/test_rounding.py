@@ -12,9 +12,11 @@ import shardemb as se
 from shardemb import layouts, optim
 from shardemb.data.id_hash import mix64
 from shardemb.env import Env
+from shardemb.kernel_choice import Kernel
 from shardemb.layouts import Layout
 from shardemb.updates.rounding import _drawn, round_stochastically
 from tests.every_layout import whole_table
+from tests.plans import KERNELS
 from tests.spmd import spmd
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -157,7 +159,9 @@ def test_updates_that_the_nearest_would_lose_count_on_average() -> None:
     assert ((stochastic - 1.02).abs() < 0.03).all()
 
 
-def rows_of(env: Env, layout: Layout, rounding: str, num_steps: int) -> torch.Tensor:
+def rows_of(
+    env: Env, layout: Layout, rounding: str, num_steps: int, *, kernel: Kernel
+) -> torch.Tensor:
     """Rows of float16 that start at 1 and get a gradient of 1 in each step."""
     table = se.TableConfig(
         name="small",
@@ -170,7 +174,8 @@ def rows_of(env: Env, layout: Layout, rounding: str, num_steps: int) -> torch.Te
         optimizer=optim.SGD(lr=1e-5),
     )
     model = nn.Sequential(se.EmbeddingBagCollection([table]))
-    sharded = se.shard_modules(model, se.plan_sharding(model, env, {"small": layout}), env)
+    plan = se.plan_sharding(model, env, {"small": layout}, kernel=kernel)
+    sharded = se.shard_modules(model, plan, env)
     optimizer = se.build_optimizer(sharded)
     batch = KeyedJaggedTensor(keys=["small"], values=torch.arange(10), lengths=torch.tensor([10]))
     for _ in range(num_steps):
@@ -182,17 +187,24 @@ def rows_of(env: Env, layout: Layout, rounding: str, num_steps: int) -> torch.Te
 
 
 @spmd(world_size=2)
-def test_stochastic_rounding_keeps_small_updates_and_is_the_same_in_every_layout(env: Env) -> None:
+def test_stochastic_rounding_keeps_small_updates_and_is_the_same_by_every_layout_and_kernel(
+    env: Env,
+) -> None:
     kinds: list[Layout] = [
         layouts.table_wise(rank=1),
         layouts.row_wise(),
         layouts.column_wise(ranks=[1, 0]),
     ]
-    first, *others = [rows_of(env, layout, "stochastic", 60) for layout in kinds]
+    first, *others = [
+        rows_of(env, layout, "stochastic", 60, kernel=kernel)
+        for kernel in KERNELS
+        for layout in kinds
+    ]
     for other in others:
         assert torch.equal(first, other)
     expected = 1 - 60 * 2 * 1e-5 / env.world_size  # the gradient of each rank's batch counts half
     assert abs(float(first.double().mean()) - expected) < 3e-4 / 80**0.5 * 60**0.5
     assert len(first.unique()) > 1
-    nearest = rows_of(env, layouts.row_wise(), "nearest", 60)
-    assert torch.equal(nearest, torch.ones_like(nearest))
+    for kernel in KERNELS:
+        nearest = rows_of(env, layouts.row_wise(), "nearest", 60, kernel=kernel)
+        assert torch.equal(nearest, torch.ones_like(nearest))

@@ -7,8 +7,10 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 import shardemb as se
 from shardemb import layouts, optim
 from shardemb.env import Env
+from shardemb.kernel_choice import KernelChoice
 from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
+from tests.plans import KERNELS
 from tests.reference import Reference
 from tests.sharded_sum import (
     LAYOUTS,
@@ -29,9 +31,14 @@ OPTIMIZERS: list[SparseOptimizer] = [
 ]
 
 
-def check_against_reference(env: Env, optimizer: SparseOptimizer, where: dict[str, Layout]) -> None:
+def check_against_reference(
+    env: Env,
+    optimizer: SparseOptimizer,
+    where: dict[str, Layout],
+    kernel: KernelChoice = "auto",
+) -> None:
     tables = make_tables(optimizer)
-    model, combined = sharded_model(optimizer, env, where)
+    model, combined = sharded_model(optimizer, env, where, kernel=kernel)
     plain = se.EmbeddingBagCollection(tables, seed=3, device="cpu")
     before = {name: bag.weight.detach().clone() for name, bag in plain.embedding_bags.items()}
     reference = Reference(tables, before)
@@ -114,7 +121,8 @@ def touched_rows(table: se.TableConfig) -> list[int]:
 def test_row_wise_and_table_wise_equal_unsharded_float64(
     env: Env, optimizer: SparseOptimizer
 ) -> None:
-    check_against_reference(env, optimizer, LAYOUTS)
+    for kernel in KERNELS:
+        check_against_reference(env, optimizer, LAYOUTS, kernel)
     swapped: dict[str, Layout] = {
         "user": layouts.table_wise(rank=1),
         "item": layouts.row_wise(),
@@ -126,11 +134,12 @@ def test_row_wise_and_table_wise_equal_unsharded_float64(
 @spmd(world_size=1)
 def test_one_rank_equals_unsharded_float64(env: Env) -> None:
     for optimizer in OPTIMIZERS:
-        check_against_reference(env, optimizer, LAYOUTS)
+        for kernel in KERNELS:
+            check_against_reference(env, optimizer, LAYOUTS, kernel)
 
 
 @spmd(world_size=4)
 def test_four_ranks_equal_unsharded_float64(env: Env) -> None:
-    check_against_reference(
-        env, optim.RowWiseAdagrad(lr=0.1), LAYOUTS | {"item": layouts.table_wise(rank=3)}
-    )
+    where = LAYOUTS | {"item": layouts.table_wise(rank=3)}
+    for kernel in KERNELS:
+        check_against_reference(env, optim.RowWiseAdagrad(lr=0.1), where, kernel)

@@ -52,13 +52,13 @@ def fault_of(what: str, values: Mapping[str, torch.Tensor]) -> Fault | None:
     return None
 
 
-def raise_first(faults: Sequence[Fault | None], *, step: int, rest: str) -> None:
+def raise_first(faults: Sequence[Fault | None], *, where: str, rest: str) -> None:
     """Raises the first fault of all ranks on all of them, if there is one. On all ranks together.
 
     Args:
         faults: Of this rank, those that say most first; as many on every rank.
-        step: Number of the step.
-        rest: What became of the step.
+        where: In what they were found: "step 3".
+        rest: What became of it.
 
     Raises:
         RunError: There is a fault on any rank.
@@ -72,5 +72,5 @@ def raise_first(faults: Sequence[Fault | None], *, step: int, rest: str) -> None
     what = found[0].what
     samples = (one.sample for one in found if one.what == what)  # replicas know of their own
     sample = next((one for one in samples if one is not None), None)
-    where = "" if sample is None else f", looked up by sample {sample[1]} of rank {sample[0]}"
-    raise RunError(f"step {step}: {what}{where}; {rest}; {found[0].way_out}")
+    by = "" if sample is None else f", looked up by sample {sample[1]} of rank {sample[0]}"
+    raise RunError(f"{where}: {what}{by}; {rest}; {found[0].way_out}")

@@ -3,7 +3,7 @@
 # B bags of a feature, F features, N ids, D width
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,9 +99,10 @@ class FbgemmKernel(RowKernel):
             norm = norm * torch.linalg.vector_norm(lookup.weights_N).clamp(min=1.0)
         return float(norm) < _LARGEST_NORM and abs(self._last.lr) < _LARGEST_NORM
 
-    def own_squares(self) -> Iterable[tuple[ShardRows, float]]:
-        """None: FBGEMM's gradients cannot be seen before."""
-        return ()
+    def own_square(self) -> float:
+        """0: none are left to FBGEMM where gradients are to be seen."""
+        assert not self._own
+        return 0.0
 
     def step(self, scale: float) -> Mapping[ShardRows, int]:
         """Lets FBGEMM update the rows.

@@ -171,8 +171,8 @@ class RowKernel(nn.Module):
     def _merge(self, shard: Shard) -> RowGradients:
         return merge(self._lookups, shard.features)
 
-    def own_squares(self) -> Iterable[tuple[ShardRows, float]]:
-        """Of those blocks, where gradients can be seen before, the sum of their squares."""
+    def own_square(self) -> float:
+        """The sum of the squares of the gradients in those blocks."""
         raise NotImplementedError
 
     def step(self, scale: float) -> Mapping[ShardRows, int]:

@@ -52,8 +52,8 @@ class Lookup:
     """What one backward pass of a kernel leaves behind.
 
     Attributes:
-        ids_N: Local rows, feature after feature, int64 [N].
-        offsets: Where the bags begin and the last ends, int64 [F * B + 1].
+        ids_N: Local rows, feature after feature, int64, or of our own kernel also int32 [N].
+        offsets: Where the bags begin and the last ends, of the same dtypes [F * B + 1].
         weights_N: Weights of the ids, float32 [N], if they have some.
         gradient: Of the output, float32: pooled [B, sum of the features' widths], else [N, D].
         batches: The ranks whose samples the bags of a feature are, in their order, and how many
@@ -116,12 +116,12 @@ class _Spread(NamedTuple):
 
 
 def merge(lookups: Sequence[Lookup], features: Features) -> RowGradients:
-    """Sums the gradients of each row that some lookups touched.
+    """Sums the gradients of each row that some lookups touched, where the compiled code does not.
 
     The order of the sum is that of the lookups and of the ids in each, on any number of threads.
 
     Args:
-        lookups: Of one kernel, at least one.
+        lookups: Of one kernel, at least one; with ids of int64.
         features: Those of the shard.
 
     Returns:

@@ -3,7 +3,8 @@
 # R rows of a block, B bags of a feature, F features, N ids, D width
 
 import ctypes
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,6 @@ class NativeKernel(RowKernel):
         super().__init__(held, shards, pooling=pooling)
         self._weights: list[Tensor] = held.split_embedding_weights()
         self._largest: list[float] = []
-        self._sorted = False
         self._find_memory()
 
     def _find_memory(self) -> None:
@@ -60,6 +60,7 @@ class NativeKernel(RowKernel):
         self._shard_of = {shard.rows: shard for shard in self.shards if shard.rows is not None}
         self._updates = _Updates(self.trained)
         self._merged: Merged | None = None
+        self._sorted = False
         if self._shard_of:
             self._merged = Merged(
                 Blocks(
@@ -71,11 +72,15 @@ class NativeKernel(RowKernel):
                 )
             )
 
+    def _follow_memory(self) -> None:
+        """Finds rows again that moved, as by `share_memory_`."""
+        if self._weights[0].data_ptr() != self._address:
+            self._find_memory()
+
     def _look_up(
         self, ids_N: Tensor, offsets: Tensor, weights_N: Tensor | None
     ) -> tuple[Tensor, float]:
-        if self._weights[0].data_ptr() != self._address:  # as after share_memory_
-            self._find_memory()
+        self._follow_memory()
         bags = self._bags(ids_N, offsets, weights_N)
         try:
             output = self._blocks.look_up(bags)
@@ -138,6 +143,7 @@ class NativeKernel(RowKernel):
         which ranks hold columns, where a row's update needs them all.
         """
         self._own = []
+        self._follow_memory()
         if not self._lookups or not self._fits():
             return
         own = {rows: shard for rows, shard in self._shard_of.items() if not _needs_slices(rows)}
@@ -149,7 +155,9 @@ class NativeKernel(RowKernel):
 
     def _fits(self) -> bool:
         """Whether new rows and state are finite, if those that are held are."""
-        if max(self._largest) > _LARGEST_OUTPUT or not self._updates.fit:
+        if not all(found <= _LARGEST_OUTPUT for found in self._largest):  # one may be nan
+            return False
+        if not self._updates.fit:
             return False
         return sum(map(_largest_sum, self._lookups)) <= _LARGEST_SUM
 
@@ -168,17 +176,18 @@ class NativeKernel(RowKernel):
     def _merge(self, shard: Shard) -> RowGradients:
         return RowGradients(*self._sort().rows(list(self._shard_of.values()).index(shard)))
 
-    def own_squares(self) -> Iterable[tuple[ShardRows, float]]:
-        """The squares of the gradients of blocks that the kernel updates by itself, summed."""
+    def own_square(self) -> float:
+        """The sum of the squares of the gradients in blocks that the kernel updates by itself."""
         if not self._own:
-            return
-        squares = self._sort().squares()
-        for (rows, shard), square in zip(self._shard_of.items(), squares, strict=True):
-            if shard in self._own and rows.all_move:
-                yield rows, square
-            elif shard in self._own:
-                grad_UD = rows.movable(self._merge(shard)).grad_UD
-                yield rows, float(grad_UD.double().square().sum())
+            return 0.0
+        squares = dict(zip(self._shard_of, self._sort().squares(), strict=True))
+        partly = [shard for shard in self._own if shard.rows and not shard.rows.all_move]
+        found = [squares[shard.rows] for shard in self._own if shard.rows and shard not in partly]
+        found += [
+            float(gradients.grad_UD.double().square().sum())
+            for _, gradients in self._merged_of(partly)
+        ]
+        return math.fsum(found)
 
     def step(self, scale: float) -> Mapping[ShardRows, int]:
         """Updates the rows of the blocks that were chosen.
@@ -195,8 +204,9 @@ class NativeKernel(RowKernel):
         return self._update(self._own, scale=scale, dry=False)
 
     def _update(self, shards: Sequence[Shard], *, scale: float, dry: bool) -> dict[ShardRows, int]:
+        chosen = set(shards)
         trainings = self._updates.of_step(
-            [shard in shards for shard in self._shard_of.values()], scale=scale
+            [shard in chosen for shard in self._shard_of.values()], scale=scale
         )
         bad = self._sort().update(trainings, dry=dry)
         return {rows: row for rows, row in zip(self.trained, bad, strict=True) if row >= 0}

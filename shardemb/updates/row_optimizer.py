@@ -161,9 +161,9 @@ class RowOptimizer(KeyedOptimizer):  # type: ignore[misc]
         """
         return run_together((rows.updated(gradients), rows.slices) for rows, gradients in touched)
 
-    def squares_of_kernels(self) -> float:
+    def square_of_kernels(self) -> float:
         """The sum of the squares of the gradients that are left to kernels."""
-        return math.fsum(square for kernel in self._kernels for _, square in kernel.own_squares())
+        return math.fsum(kernel.own_square() for kernel in self._kernels)
 
     def write(
         self, touched: Touched, new: Sequence[NewRows], *, scale: float

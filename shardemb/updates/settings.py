@@ -41,7 +41,7 @@ class Settings:
         Raises:
             ValueError: One does.
         """
-        held = [held_by(group, [*group]) for group in self._groups]
+        held = [[*group, *held_by(group, group)] for group in self._groups]
         if held == self._held:
             return
         for name, optimizer in self._declared.items():
@@ -102,11 +102,10 @@ def _check_accepts(name: str, optimizer: SparseOptimizer, group: Mapping[str, An
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if hasattr(value, "item"):
-        return value.item()
-    return tuple(value) if isinstance(value, list) else value
+    """A setting as numbers of Python, which do not change in place: also of tensors and arrays."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _fault_of(groups: Iterable[Mapping[str, Any]]) -> Fault | None:
