@@ -83,8 +83,10 @@ class Env:
 def init_distributed(*, device: str | None = None, timeout_s: float = 1800.0) -> Env:
     """Joins the process group that torchrun or torchx started, or starts one of a single rank.
 
-    CPU tensors go through gloo; on CUDA, CUDA tensors go through NCCL. A process group that is
-    there already is kept. Hides the notices by which torch deprecates what TorchRec calls.
+    CPU tensors go through gloo; on CUDA, CUDA tensors go through NCCL. On CPU what a sharded model
+    exchanges has a group of its own, `shardemb.exchange`: memory that ranks of one host share. A
+    process group that is there already is kept. Hides the notices by which torch deprecates what
+    TorchRec calls.
 
     On CPU it also changes two settings of the whole process, where the user has not chosen them:
     glibc keeps freed memory instead of giving it back at every step (`MALLOC_MMAP_MAX_`,

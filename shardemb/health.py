@@ -80,7 +80,8 @@ class TrainingHealth:
     """Counts what every step does to the tables from now on.
 
     It keeps a byte for each row, of which a step reads and writes those of the rows it touches.
-    While it counts, no updates are left to FBGEMM's fused kernels, which do not tell the rows.
+    While it counts, no updates are left to FBGEMM's fused kernels, which do not tell the rows; the
+    native ones tell them, and go on updating.
 
     Args:
         optimizer: Of `build_optimizer`.

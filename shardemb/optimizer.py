@@ -168,7 +168,8 @@ class Optimizer(CombinedOptimizer):  # type: ignore[misc]
     def watch(self, observer: Callable[[StepGradients], None]) -> None:
         """Shows the gradients of every step from now on, and sets `grad_norm`.
 
-        FBGEMM does not tell which rows it updates, so none are left to it from now on.
+        With FBGEMM's kernels, which do not tell the rows that they update, our own update does it
+        from now on; the native ones tell them.
 
         Args:
             observer: Is called in each step, before anything is clipped or updated. What it is

@@ -40,7 +40,8 @@ class Traffic:
 
     Sent is what leaves a rank, counted as in `shardemb.CollectiveCounter`, which counts the same
     in a step that runs. Not in it is what updates need beside gradients: a few numbers; and where
-    columns are split, 4 bytes for each sum over a whole row that an optimizer needs.
+    columns are split, 4 bytes for each sum over a whole row that an optimizer needs. Nor what
+    weights of ids that are learned send beside themselves.
 
     Attributes:
         tables: Names of the tables, as in the plan.

@@ -54,7 +54,8 @@ def from_torch(
         skip: Modules to leave as they are: dense, and averaged by data parallelism. Good for small
             ones.
         weighted: Sum bags that are called with `per_sample_weights`, always or at times. Their ids
-            then always carry weights, 1 where none are given. They get no gradient.
+            then always carry weights, 1 where none are given. Once sharded, given ones get their
+            gradient by the native kernel; FBGEMM's refuses those that require one.
 
     Returns:
         The model.

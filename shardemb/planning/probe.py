@@ -35,8 +35,8 @@ def probe(*, num_ranks: int | None = None, out: TextIO | None = None) -> Cluster
 
     The bandwidth of memory is that of a copy of 256 MiB, bytes read and bytes written together,
     while all ranks copy. The exchange is an all-to-all of 16 MiB from each rank to each other, over
-    NCCL between GPUs and over gloo on CPU. Both are medians of 7 times after 2 of warm-up, on the
-    slowest rank.
+    NCCL between GPUs, and on CPU through shared memory, or gloo where that is not to be had. Both
+    are medians of 7 times after 2 of warm-up, on the slowest rank.
 
     Args:
         num_ranks: Number of ranks; by default one for each GPU, or 2.
