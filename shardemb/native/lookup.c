@@ -68,11 +68,14 @@ INLINE const void *row_at(const struct part *part, int dtype, int id_bytes, int6
 
 /* Columns [column, column + count) of a bag's sum; count is CHUNK or LANES. */
 INLINE void pool_lanes(struct part *part, int dtype, int id_bytes, int weighted,
-                       const int64_t ids[2], int64_t column, int count, float scale, float *output)
+                       const int64_t ids[2], int64_t column, int count, float scale, float *output,
+                       int64_t width, int64_t end)
 {
     vfloat sums[CHUNK / LANES] = {{0}};
     for (int64_t id = ids[0]; id < ids[1]; id++) {
         const void *row = row_at(part, dtype, id_bytes, id);
+        if (column == 0 && id + AHEAD < end)
+            prefetch(row_at(part, dtype, id_bytes, id + AHEAD), width * size_of(dtype));
         for (int number = 0; number < count / LANES; number++) {
             vfloat lanes = load_lanes(row, dtype, column + number * LANES);
             if (weighted)
@@ -133,15 +136,15 @@ INLINE int64_t pool(struct part *part, int dtype, int id_bytes, int weighted)
     for (int64_t bag = part->first_bag; bag < part->last_bag; bag++, output += lookup->stride) {
         ids[0] = ids[1];
         ids[1] = offset_at(lookup, base + bag + 1);
-        int64_t bad = look_ahead(part, dtype, id_bytes, &seen, ids[1] + AHEAD, end);
-        if (bad >= 0)
-            return bad;
+        for (int64_t id = ids[0]; id < ids[1]; id++)
+            if ((uint64_t)whole(lookup->ids, id_bytes, id) >= (uint64_t)part->block->num_rows)
+                return id;
         int64_t length = ids[1] - ids[0], column = 0;
         float scale = lookup->pooling == MEAN && length > 1 ? 1.0f / length : 1.0f;
         for (; column + CHUNK <= width; column += CHUNK)
-            pool_lanes(part, dtype, id_bytes, weighted, ids, column, CHUNK, scale, output);
+            pool_lanes(part, dtype, id_bytes, weighted, ids, column, CHUNK, scale, output, width, end);
         for (; column + LANES <= width; column += LANES)
-            pool_lanes(part, dtype, id_bytes, weighted, ids, column, LANES, scale, output);
+            pool_lanes(part, dtype, id_bytes, weighted, ids, column, LANES, scale, output, width, end);
         pool_rest(part, dtype, id_bytes, weighted, ids, column, scale, output);
     }
     return -1;

@@ -14,7 +14,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
 #define CHUNK 64 /* columns whose sums stay in registers */
-#define AHEAD 12 /* ids between the prefetch of a row and its use */
+#define AHEAD 48 /* ids between the prefetch of a row and its use */
 #define LINE 64  /* bytes that memory brings at once */
 
 enum { FLOAT32, FLOAT16, BFLOAT16 };
