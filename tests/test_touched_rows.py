@@ -142,6 +142,8 @@ def train(env: Env, case: Case, num_embeddings: int) -> Trained:
         for name, held in {"weight": weight, **state}.items()
     }
     assert set(tensors) == {"weight", *case.optimizer.state}
+    for value in tensors.values():
+        value.mul_(1.0)  # pages that were never written are one page of zeros, which counts nowhere
     return Trained(case=case, tensors=tensors, step=step, rows_U=rows_U)
 
 

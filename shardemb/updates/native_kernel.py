@@ -107,6 +107,7 @@ class NativeKernel(RowKernel):
                     "a lookup whose weights require a gradient, and before its backward pass; "
                     "call backward before optimizer.step()"
                 )
+            self._follow_memory()
             return self._blocks.weigh(bags, gradient)
 
         return weigh
@@ -182,7 +183,7 @@ class NativeKernel(RowKernel):
             return 0.0
         squares = dict(zip(self._shard_of, self._sort().squares(), strict=True))
         partly = [shard for shard in self._own if shard.rows and not shard.rows.all_move]
-        found = [squares[shard.rows] for shard in self._own if shard.rows and shard not in partly]
+        found = [squares[one.rows] for one in self._own if one.rows and one.rows.all_move]
         found += [
             float(gradients.grad_UD.double().square().sum())
             for _, gradients in self._merged_of(partly)
