@@ -68,14 +68,11 @@ INLINE const void *row_at(const struct part *part, int dtype, int id_bytes, int6
 
 /* Columns [column, column + count) of a bag's sum; count is CHUNK or LANES. */
 INLINE void pool_lanes(struct part *part, int dtype, int id_bytes, int weighted,
-                       const int64_t ids[2], int64_t column, int count, float scale, float *output,
-                       int64_t width, int64_t end)
+                       const int64_t ids[2], int64_t column, int count, float scale, float *output)
 {
     vfloat sums[CHUNK / LANES] = {{0}};
     for (int64_t id = ids[0]; id < ids[1]; id++) {
         const void *row = row_at(part, dtype, id_bytes, id);
-        if (column == 0 && id + AHEAD < end)
-            prefetch(row_at(part, dtype, id_bytes, id + AHEAD), width * size_of(dtype));
         for (int number = 0; number < count / LANES; number++) {
             vfloat lanes = load_lanes(row, dtype, column + number * LANES);
             if (weighted)
@@ -101,18 +98,25 @@ INLINE void pool_rest(struct part *part, int dtype, int id_bytes, int weighted,
     }
 }
 
-/* Checks and prefetches ids from `seen` up to `until`; returns a bad one's place, or -1. */
-INLINE int64_t look_ahead(const struct part *part, int dtype, int id_bytes, int64_t *seen,
-                          int64_t until, int64_t end)
+/* How many ids ahead of their use rows are prefetched. */
+static int64_t ids_ahead(const struct part *part)
 {
-    const struct block *block = part->block;
-    if (until > end)
-        until = end;
-    for (; *seen < until; (*seen)++) {
-        int64_t row = whole(part->lookup->ids, id_bytes, *seen);
-        if ((uint64_t)row >= (uint64_t)block->num_rows)
-            return *seen;
-        prefetch(row_of(block, dtype, row), block->width * size_of(dtype));
+    int64_t fit = AHEAD_BYTES / (int64_t)(part->block->width * size_of(part->block->dtype)) + 1;
+    return fit < AHEAD ? fit : AHEAD;
+}
+
+/* Checks the ids [first, last), and prefetches those that come so many after them, before `end`;
+   returns a bad one's place, or -1. Where a row is not there, a prefetch does nothing. */
+INLINE int64_t check_ids(const struct part *part, int dtype, int id_bytes, const int64_t ids[2],
+                         int64_t ahead, int64_t end)
+{
+    for (int64_t id = ids[0]; id < ids[1]; id++) {
+        int64_t row = whole(part->lookup->ids, id_bytes, id);
+        if ((uint64_t)row >= (uint64_t)part->block->num_rows)
+            return id;
+        if (id + ahead < end)
+            prefetch(row_at(part, dtype, id_bytes, id + ahead),
+                     part->block->width * size_of(dtype));
     }
     return -1;
 }
@@ -129,22 +133,21 @@ INLINE int64_t pool(struct part *part, int dtype, int id_bytes, int weighted)
 {
     const struct lookup *lookup = part->lookup;
     int64_t base = part->feature * lookup->num_bags, width = part->block->width;
-    int64_t end = offset_at(lookup, base + part->last_bag);
-    int64_t seen = offset_at(lookup, base + part->first_bag);
-    int64_t ids[2] = {seen, seen};
+    int64_t end = offset_at(lookup, base + part->last_bag), ahead = ids_ahead(part);
+    int64_t ids[2] = {0, offset_at(lookup, base + part->first_bag)};
     float *output = pooled_output(part);
     for (int64_t bag = part->first_bag; bag < part->last_bag; bag++, output += lookup->stride) {
         ids[0] = ids[1];
         ids[1] = offset_at(lookup, base + bag + 1);
-        for (int64_t id = ids[0]; id < ids[1]; id++)
-            if ((uint64_t)whole(lookup->ids, id_bytes, id) >= (uint64_t)part->block->num_rows)
-                return id;
+        int64_t bad = check_ids(part, dtype, id_bytes, ids, ahead, end);
+        if (bad >= 0)
+            return bad;
         int64_t length = ids[1] - ids[0], column = 0;
         float scale = lookup->pooling == MEAN && length > 1 ? 1.0f / length : 1.0f;
         for (; column + CHUNK <= width; column += CHUNK)
-            pool_lanes(part, dtype, id_bytes, weighted, ids, column, CHUNK, scale, output, width, end);
+            pool_lanes(part, dtype, id_bytes, weighted, ids, column, CHUNK, scale, output);
         for (; column + LANES <= width; column += LANES)
-            pool_lanes(part, dtype, id_bytes, weighted, ids, column, LANES, scale, output, width, end);
+            pool_lanes(part, dtype, id_bytes, weighted, ids, column, LANES, scale, output);
         pool_rest(part, dtype, id_bytes, weighted, ids, column, scale, output);
     }
     return -1;
@@ -155,12 +158,11 @@ static int64_t copy(struct part *part)
     const struct lookup *lookup = part->lookup;
     int dtype = part->block->dtype, id_bytes = lookup->id_bytes;
     int64_t base = part->feature * lookup->num_bags, width = part->block->width;
-    int64_t id = offset_at(lookup, base + part->first_bag), seen = id;
+    int64_t id = offset_at(lookup, base + part->first_bag), ahead = ids_ahead(part);
     int64_t end = offset_at(lookup, base + part->last_bag);
     for (; id < end; id++) {
-        int64_t bad = look_ahead(part, dtype, id_bytes, &seen, id + AHEAD, end);
-        if (bad >= 0)
-            return bad;
+        if (check_ids(part, dtype, id_bytes, (int64_t[2]){id, id + 1}, ahead, end) >= 0)
+            return id;
         const void *row = row_at(part, dtype, id_bytes, id);
         float *output = lookup->output + id * lookup->stride;
         int64_t column = 0;
@@ -177,12 +179,12 @@ static int64_t weigh(struct part *part)
     const struct lookup *lookup = part->lookup;
     int dtype = part->block->dtype, id_bytes = lookup->id_bytes;
     int64_t base = part->feature * lookup->num_bags;
-    int64_t id = offset_at(lookup, base + part->first_bag), seen = id;
+    int64_t id = offset_at(lookup, base + part->first_bag), ahead = ids_ahead(part);
     int64_t end = offset_at(lookup, base + part->last_bag);
     const float *output = pooled_output(part);
     for (int64_t bag = part->first_bag; bag < part->last_bag; bag++, output += lookup->stride)
         for (int64_t last = offset_at(lookup, base + bag + 1); id < last; id++) {
-            look_ahead(part, dtype, id_bytes, &seen, id + AHEAD, end);
+            check_ids(part, dtype, id_bytes, (int64_t[2]){id, id + 1}, ahead, end);
             const void *row = row_at(part, dtype, id_bytes, id);
             part->gradient[id] = dot(output, row, dtype, part->block->width);
         }

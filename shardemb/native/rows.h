@@ -14,7 +14,8 @@
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
 #define CHUNK 64 /* columns whose sums stay in registers */
-#define AHEAD 48 /* ids between the prefetch of a row and its use */
+#define AHEAD 96        /* ids between the prefetch of a row and its use, at most */
+#define AHEAD_BYTES (32 << 10) /* of rows that are on their way: they are to stay in the cache */
 #define LINE 64  /* bytes that memory brings at once */
 
 enum { FLOAT32, FLOAT16, BFLOAT16 };
