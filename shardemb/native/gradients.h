@@ -5,6 +5,8 @@
 
 #include "sort.h"
 
+#define GRADIENTS_AHEAD 32 /* ids between the prefetch of a gradient and its use */
+
 INLINE const struct source *source_at(const struct block_sources *its, uint32_t number)
 {
     const struct source *source = its->sources;

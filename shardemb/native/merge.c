@@ -5,8 +5,6 @@
 
 #include "gradients.h"
 
-#define GRADIENTS_AHEAD 32 /* ids between the prefetch of a gradient and its use */
-
 /* How many rows each unit has, counted up [num_units + 1]. */
 static int64_t *first_rows(const struct sorted *sorted, int num_threads)
 {

@@ -14,9 +14,9 @@
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
 #define CHUNK 64 /* columns whose sums stay in registers */
-#define AHEAD 96        /* ids between the prefetch of a row and its use, at most */
+#define AHEAD 96 /* ids between the prefetch of a row and its use, at most */
 #define AHEAD_BYTES (32 << 10) /* of rows that are on their way: they are to stay in the cache */
-#define LINE 64  /* bytes that memory brings at once */
+#define LINE 64 /* bytes that memory brings at once */
 
 enum { FLOAT32, FLOAT16, BFLOAT16 };
 enum { NO_POOLING, SUM, MEAN };
@@ -29,7 +29,7 @@ typedef int32_t vint __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 typedef uint32_t vuint __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t vhalf __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-/* A block of a table; `shardemb/updates/native_kernel.py` fills it in. */
+/* A block of a table; `_Block` in kernels.py. */
 struct block {
     void *weight;         /* [num_rows, width] of dtype */
     int64_t num_rows;
@@ -40,7 +40,7 @@ struct block {
     int32_t num_features;
 };
 
-/* Bags of ids by features, with their output or its gradient. */
+/* Bags of ids by features, with their output or its gradient; `_Lookup` in kernels.py. */
 struct lookup {
     const void *ids;      /* local rows, feature after feature [N] */
     const void *offsets;  /* where bags begin, and the last ends [num_features * num_bags + 1] */

@@ -8,8 +8,7 @@
 #include "optimizers.h"
 #include "rounding.h"
 
-#define GRADIENTS_AHEAD 32 /* ids between the prefetch of a gradient and its use */
-#define ROWS_AHEAD 64     /* so of a row, which is farther away */
+#define ROWS_AHEAD 64 /* ids between the prefetch of a row and its use */
 
 /* How many floats of a state each row has; 0: there is no such state. */
 INLINE int64_t momentum_size(const struct training *how, int64_t width)

@@ -223,5 +223,5 @@ def _sample_at(lookup: Lookup, features: Features, position: int) -> tuple[int, 
 
 
 def pooling_of(kernel: BaseBatchedEmbeddingBag) -> str:
-    """What FBGEMM makes of a bag; of rows of several shards TorchRec asks it for a sum."""
+    """What a kernel makes of a bag; of rows of several shards TorchRec asks it for a sum."""
     return "mean" if kernel._pooling.name == PoolingType.MEAN.name else "sum"
