@@ -270,3 +270,23 @@ def test_ids_of_32_bits_reach_replicated_tables_beside_native_ones(env: Env) -> 
         expected = before[name].clone()
         expected[touched] -= 0.1
         torch.testing.assert_close(run.rows_of(name).weight_RD, expected)
+
+
+@spmd(world_size=1)
+def test_a_huge_weight_among_strided_ones_stops_the_step_before_any_row_moves(env: Env) -> None:
+    table = make_table("t", optim.SGD(lr=10.0), init=init.Constant(value=0.0))
+    model = nn.Sequential(se.EmbeddingBagCollection([table], is_weighted=True))
+    sharded = se.shard_modules(model, se.plan_sharding(model, env, {"t": WHOLE}), env)
+    optimizer = se.build_optimizer(sharded)
+    weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 3e38, 1.0])[::2]
+    batch = KeyedJaggedTensor(
+        keys=["t"],
+        values=torch.tensor([1, 2, 3]),
+        lengths=torch.tensor([1, 2]),
+        weights=weights,
+    )
+    (sharded(batch).values() * torch.tensor([[1.0], [2.0]])).sum().backward()
+    with pytest.raises(RunError, match="the gradient of row 3 .* nothing of this step was applied"):
+        optimizer.step()
+    (rows,) = optimizer.rows.blocks
+    assert not rows.weight_RD.any()

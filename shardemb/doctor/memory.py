@@ -72,8 +72,16 @@ def check_huge_pages(modes: str, tried: Probe) -> Finding:
     return Finding("huge pages", "note", text, remedy)
 
 
-def check_exchange(tried: Probe) -> Finding:
-    """Whether ranks of one node can exchange rows through memory that they share."""
+def check_exchange(tried: Probe, *, compiled: bool) -> Finding:
+    """Whether ranks of one node can exchange rows through memory that they share.
+
+    Args:
+        tried: Whether two processes could.
+        compiled: Whether there is the compiled code that does so.
+    """
+    if not compiled:
+        text = "ranks of one node go through gloo, without the compiled code"
+        return Finding("exchange", "note", text, "see kernels above")
     if not tried.error:
         return Finding("exchange", "ok", "ranks of one node can share memory")
     text = f"ranks of one node go through gloo, they cannot share memory: {tried.error}"

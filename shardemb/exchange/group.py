@@ -1,13 +1,13 @@
 """A process group of torch: shared memory between ranks of one host, gloo between hosts."""
 
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from shardemb.cores import usable_cores
 from shardemb.exchange import operators
 from shardemb.exchange.neighbours import Member, compiled, find_neighbours, host_id
 from shardemb.exchange.several_hosts import Alone, SeveralHosts
@@ -228,7 +228,7 @@ def _meet(member: Member, host: str) -> tuple[bool, Route]:
             neighbours,
             ranks=[member.ranks[rank] for rank in near],
             me=near.index(member.rank),
-            num_cores=len(os.sched_getaffinity(0)),
+            num_cores=usable_cores(),
             timeout=lambda: member.gloo.options._timeout,
         )
         if len(near) == member.size:

@@ -32,7 +32,7 @@ OPTIMIZERS = (
     "LAMB",
     "PartialRowWiseLAMB",
 )
-"""Names of the classes in `shardemb.optim`, by their numbers in update.c."""
+"""Names of the classes in `shardemb.optim`, by their numbers in training.h."""
 
 
 class _Block(ctypes.Structure):
@@ -63,7 +63,7 @@ class _Lookup(ctypes.Structure):
 
 
 class Training(ctypes.Structure):
-    """How a block is trained, and its optimizer's state; the fields of update.c."""
+    """How a block is trained, and its optimizer's state; the fields of training.h."""
 
     _fields_ = (
         ("momentum", ctypes.c_void_p),

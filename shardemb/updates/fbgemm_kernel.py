@@ -111,7 +111,7 @@ class FbgemmKernel(RowKernel):
             scale: 1.
 
         Returns:
-            None, as FBGEMM does not tell.
+            Nothing ({}): FBGEMM does not tell.
         """
         if self._own:
             assert self._last is not None

@@ -27,6 +27,7 @@ _LARGEST_OUTPUT = 1e30
 """Of rows to which such a step may be added unwatched."""
 
 _LARGEST_LR = 1e12
+"""Of learning rates by which such a step may be made unwatched."""
 
 
 class NativeKernel(RowKernel):
@@ -158,7 +159,7 @@ class NativeKernel(RowKernel):
         """Whether new rows and state are finite, if those that are held are."""
         if not all(found <= _LARGEST_OUTPUT for found in self._largest):  # one may be nan
             return False
-        if not self._updates.fit:
+        if not self._updates.read():
             return False
         return sum(map(_largest_sum, self._lookups)) <= _LARGEST_SUM
 
@@ -223,7 +224,7 @@ def _largest_sum(lookup: Lookup) -> float:
     """What no sum of its gradients exceeds."""
     bound = largest(lookup.gradient) * len(lookup.ids_N)
     if lookup.weights_N is not None:
-        bound *= largest(lookup.weights_N)
+        bound *= largest(lookup.weights_N.contiguous())
     return bound
 
 
@@ -246,15 +247,18 @@ class _Updates:
             OPTIMIZERS.index(type(rows.training.optimizer).__name__) for rows in blocks
         ]
 
-    @property
-    def fit(self) -> bool:
-        """Whether the settings of the next step are such that it may be left unwatched."""
-        self._read()
+    def read(self) -> bool:
+        """Takes over the settings of the next step; whether it may be left unwatched with them."""
+        for number, (rows, names) in enumerate(zip(self._blocks, self._names, strict=True)):
+            held = held_by(rows.settings, names)
+            if held != self._settings[number]:
+                _set(self._trainings[number], rows.settings)
+                self._settings[number] = held
         lr, eps = self._columns["lr"], self._columns["eps"]
         return bool((np.abs(lr) < _LARGEST_LR).all() and (eps[self._has_eps] >= SMALLEST_EPS).all())
 
     def of_step(self, chosen: Sequence[bool], *, scale: float) -> ctypes.Array[Training]:
-        """How the blocks are trained in the next step, for which `fit` was asked.
+        """How the blocks are trained in the next step, whose settings were read.
 
         Args:
             chosen: Which of them are.
@@ -271,14 +275,6 @@ class _Updates:
                 rows.state[state].data_ptr() if state in rows.state else 0 for rows in self._blocks
             ]
         return self._trainings
-
-    def _read(self) -> None:
-        """Takes over what changed in the parameter groups."""
-        for number, (rows, names) in enumerate(zip(self._blocks, self._names, strict=True)):
-            held = held_by(rows.settings, names)
-            if held != self._settings[number]:
-                _set(self._trainings[number], rows.settings)
-                self._settings[number] = held
 
 
 def _training_of(rows: ShardRows) -> Training:
