@@ -60,20 +60,20 @@ def diagnose(*, timeout_s: float = TIMEOUT_S) -> list[Finding]:
         probes |= _try(functions, timeout_s)
     cuda = bool(torch.cuda) if torch else _guess_cuda(versions)
     gpus = json.loads(probes["cuda"].answer or "[]") if "cuda" in probes else []
-    native = check_native(probes["kernels"])
+    native = [check_native(probes["kernels"])] if torch else []
     return [
         check_python(sys.version_info[:3]),
         *check_versions(versions, cuda=cuda, num_gpus=len(gpus)),
         *check_imports(probes, versions, cuda=cuda),
         *check_devices(torch, probes),
         check_threads(os.environ, usable_cores()),
-        *([native] if torch else []),
+        *native,
         *check_memory(),
         check_allocator(probes["malloc"]),
         check_huge_pages(
             HUGE_PAGES.read_text() if HUGE_PAGES.exists() else "", probes["huge pages"]
         ),
-        check_exchange(probes["exchange"], compiled=native.state == "ok"),
+        check_exchange(probes["exchange"], compiled=all(one.state == "ok" for one in native)),
         check_launcher(shutil.which("torchrun")),
     ]
 
