@@ -18,7 +18,7 @@ from shardemb.layouts import Layout
 from shardemb.optim import SparseOptimizer
 from shardemb.updates.shard_rows import ShardRows
 from tests.every_layout import Case, batch_of, check_rows, loss_of
-from tests.plans import NEEDS_NATIVE
+from tests.plans import KERNELS, NEEDS_NATIVE
 from tests.reference import Reference
 from tests.spmd import spmd
 
@@ -292,3 +292,25 @@ def test_a_huge_weight_among_strided_ones_stops_the_step_before_any_row_moves(en
         optimizer.step()
     (rows,) = optimizer.rows.blocks
     assert not rows.weight_RD.any()
+
+
+@spmd(world_size=1)
+def test_a_batch_that_is_filled_anew_before_the_step_trains_the_rows_it_had(env: Env) -> None:
+    for kernel in KERNELS:
+        table = make_table("t", optim.SGD(lr=1.0), init=init.Constant(value=0.0), embedding_dim=4)
+        model = nn.Sequential(se.EmbeddingBagCollection([table]))
+        plan = se.plan_sharding(model, env, {"t": WHOLE}, kernel=kernel)
+        sharded = se.shard_modules(model, plan, env, check_ids=False)
+        optimizer = se.build_optimizer(sharded)
+        ids, lengths = torch.tensor([1, 2, 3]), torch.tensor([1, 2])
+        for first in (1, 11):  # two micro-batches in one buffer
+            ids.copy_(torch.arange(first, first + 3))
+            sharded(
+                KeyedJaggedTensor(keys=["t"], values=ids, lengths=lengths)
+            ).values().sum().backward()
+        ids.fill_(10**6)
+        lengths.fill_(0)
+        optimizer.step()
+        (rows,) = optimizer.rows.blocks
+        moved = rows.weight_RD.any(1).nonzero().squeeze(1)
+        assert moved.tolist() == [1, 2, 3, 11, 12, 13], kernel

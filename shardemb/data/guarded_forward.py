@@ -130,6 +130,7 @@ class GuardedForward:
             weights_N is not None
             and weights_N.requires_grad
             and torch.is_grad_enabled()
+            and self.guard.is_weighted
             and not self.weights_learn
         ):
             raise ValueError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from shardemb.updates.lookups import Features, Lookup, RowGradients, merge, sample_of
@@ -88,9 +89,13 @@ class RowKernel(nn.Module):
         Returns:
             Pooled rows [B, sum of widths] or rows [N, D], float32.
         """
+        if torch.is_grad_enabled() and dist.get_world_size() == 1:
+            # of several ranks, what was received; of one, the caller's, who may fill it anew
+            indices, offsets = indices.clone(), offsets.clone()
         output, found = self._look_up(indices, offsets, per_sample_weights)
         if not torch.is_grad_enabled():
             return output
+        weights_N = None if per_sample_weights is None else per_sample_weights.detach().clone()
         batches = self.batches
 
         def keep(gradient: torch.Tensor) -> None:
@@ -100,7 +105,7 @@ class RowKernel(nn.Module):
             lookup = Lookup(
                 ids_N=indices,
                 offsets=offsets,
-                weights_N=None if per_sample_weights is None else per_sample_weights.detach(),
+                weights_N=weights_N,
                 gradient=gradient,
                 batches=batches,
                 num_features=self.num_features,
