@@ -71,7 +71,7 @@ def allocator_name() -> str:
         return f"that of {sys.platform}"
     found = _Symbol()
     process = ctypes.CDLL(None)
-    process.dladdr(ctypes.cast(process.malloc, ctypes.c_void_p), ctypes.byref(found))
+    process.dladdr(ctypes.cast(process.posix_memalign, ctypes.c_void_p), ctypes.byref(found))
     return PurePath((found.path or b"unknown").decode()).name
 
 
@@ -96,8 +96,9 @@ def _glibc() -> ctypes.CDLL | None:
         return None
     if not hasattr(library, "gnu_get_libc_version"):
         return None
-    # a library that is preloaded, or linked into Python, comes before glibc
-    used = ctypes.cast(ctypes.CDLL(None).malloc, ctypes.c_void_p).value
-    own = ctypes.cast(library.malloc, ctypes.c_void_p).value
+    # a library that is preloaded, or linked into Python, comes before glibc; not asked of malloc,
+    # whose address in a Python at a fixed place is that of a jump in Python itself
+    used = ctypes.cast(ctypes.CDLL(None).posix_memalign, ctypes.c_void_p).value
+    own = ctypes.cast(library.posix_memalign, ctypes.c_void_p).value
     library.malloc_trim.argtypes = [ctypes.c_size_t]
     return library if used == own else None

@@ -94,7 +94,10 @@ def test_another_allocator_is_left_alone(tmp_path: Path) -> None:
     source.write_text(
         "#include <stddef.h>\n"
         "void *__libc_malloc(size_t);\n"
+        "void *__libc_memalign(size_t, size_t);\n"
         "void *malloc(size_t num_bytes) { return __libc_malloc(num_bytes); }\n"
+        "int posix_memalign(void **memory, size_t step, size_t num_bytes)\n"
+        "{ return (*memory = __libc_memalign(step, num_bytes)) == 0; }\n"
     )
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
 
