@@ -202,13 +202,27 @@ def _start(env: Env, timeout: timedelta, *, launched: bool) -> None:
     backend = "gloo" if env.device.type == "cpu" else "cpu:gloo,cuda:nccl"
     if env.device.type == "cuda":
         torch.cuda.set_device(env.device)
-    if launched:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+    store = _store(env, timeout) if launched else dist.HashStore()
+    dist.init_process_group(
+        backend, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout
+    )
     atexit.register(_stop)
+
+
+def _store(env: Env, timeout: timedelta) -> dist.Store:
+    """Where ranks leave their addresses for each other.
+
+    torchrun may keep one store for all attempts at a job, in which gloo finds addresses of ranks
+    that are dead. On one node every attempt has a part of its own; agents of several nodes count
+    attempts differently, and theirs make a new store where `shardemb.launch` says so.
+    """
+    found = next(dist.rendezvous("env://", timeout=timeout))
+    store: dist.Store = found[0]
+    store.set_timeout(timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is None or env.num_nodes > 1:
+        return store
+    return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
 def leave_at_once(status: int) -> None:

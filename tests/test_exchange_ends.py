@@ -3,6 +3,9 @@
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -175,3 +178,22 @@ def test_scripts_end_at_once_and_say_why(
     assert tuple(rank.returncode for rank in ranks) == statuses, errors
     for text, error in zip(said, errors, strict=True):
         assert re.search(text, error)
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_and_the_others_start_again_on_the_same_port() -> None:
+    script = Path(__file__).with_name("restarted_script.py")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    job = subprocess.run(
+        [sys.executable, *command, "--master-port", str(port), str(script)],
+        env=os.environ | {"PYTHONPATH": str(script.parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert job.returncode == 0, job.stderr
+    assert "rank 0: 2 ranks, attempt 1" in job.stdout
