@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import mmap
 import re
 from pathlib import Path
 
@@ -62,7 +63,10 @@ def test_rows_of_their_own_lie_on_huge_pages_and_go_back_to_the_system() -> None
 
 @needs_huge_pages
 def test_memory_of_others_is_put_on_huge_pages_and_keeps_its_values() -> None:
-    rows = torch.arange(NUM_BYTES // 4, dtype=torch.int32).view(SHAPE)
+    # a mapping of its own: memory of the heap may have been under a table, and keeps its advice
+    memory = mmap.mmap(-1, NUM_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    rows = torch.frombuffer(memory, dtype=torch.int32).view(SHAPE)
+    rows.copy_(torch.arange(NUM_BYTES // 4, dtype=torch.int32).view(SHAPE))
     before = huge_bytes(rows)
     advise_huge(rows[5:9], rows)
     assert huge_bytes(rows) >= before + NUM_BYTES - 2 * huge_page_bytes()
