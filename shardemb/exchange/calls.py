@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+Parts = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
+"""By rank: where the part for it begins, its bytes, where the part from it goes, its bytes."""
 KINDS = ("barrier", "all_to_all", "all_gather", "all_reduce", "reduce_scatter", "broadcast")
 OPERATIONS = ("sum", "avg", "product", "min", "max", "band", "bor", "bxor")
 """In the order of torch's `ReduceOp` and of exchange.c."""

@@ -7,12 +7,9 @@ from itertools import accumulate
 import torch
 
 from shardemb.errors import RunError
-from shardemb.exchange.calls import name_of
+from shardemb.exchange.calls import Parts, name_of
 from shardemb.exchange.neighbours import Member
 from shardemb.exchange.shared import SharedMemory
-
-Parts = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
-"""By rank: where the part for it begins, its bytes, where the part from it goes, its bytes."""
 
 
 class Alone:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from shardemb.errors import RunError
-from shardemb.exchange.calls import Head, difference_of, name_of
+from shardemb.exchange.calls import Head, Parts, difference_of, name_of
 from shardemb.exchange.neighbours import HALF_BYTES, Neighbour, bytes_of, forget
 
 _DONE, _WAITING, _MISMATCH = range(3)  # of exchange.c
@@ -69,7 +69,7 @@ class SharedMemory:
         self,
         call: int,
         item_bytes: int,
-        parts: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]],
+        parts: Parts,
         *,
         shared: bool = False,
         total: tuple[int, int, int] = (-1, 0, 0),

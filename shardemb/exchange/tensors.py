@@ -23,7 +23,7 @@ class Route(Protocol):
         self,
         call: int,
         item_bytes: int,
-        parts: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]],
+        parts: calls.Parts,
         *,
         shared: bool = False,
         total: tuple[int, int, int] = (-1, 0, 0),

@@ -114,9 +114,7 @@ int se_merge(const struct sorted *sorted, const struct block *blocks, int block,
 int se_squares(const struct sorted *sorted, const struct block *blocks, double *squares,
                int num_threads)
 {
-    int64_t *first = first_rows(sorted, num_threads), width = LANES;
-    for (int number = 0; number < sorted->num_blocks; number++)
-        width = blocks[number].width > width ? blocks[number].width : width;
+    int64_t *first = first_rows(sorted, num_threads), width = widest(blocks, sorted->num_blocks);
     double *of_rows = first ? malloc((first[sorted->num_units] + 1) * sizeof(double)) : NULL;
     float *sums = malloc((size_t)num_threads * width * sizeof(float));
     int failed = !first || !of_rows || !sums;

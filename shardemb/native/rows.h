@@ -54,6 +54,15 @@ struct lookup {
     int32_t num_features;
 };
 
+/* Columns that suffice for a row of any of some blocks, whole lanes. */
+INLINE int64_t widest(const struct block *blocks, int num_blocks)
+{
+    int64_t width = 1;
+    for (int number = 0; number < num_blocks; number++)
+        width = blocks[number].width > width ? blocks[number].width : width;
+    return (width + LANES - 1) / LANES * LANES;
+}
+
 INLINE int64_t whole(const void *values, int bytes, int64_t index)
 {
     return bytes == 8 ? ((const int64_t *)values)[index] : ((const int32_t *)values)[index];

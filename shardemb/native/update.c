@@ -177,14 +177,6 @@ static int64_t update_any(const struct block *block, const struct training *how,
     return update_unit(block, how, its, unit, &row, halves, dry);
 }
 
-static int64_t widest(const struct block *blocks, int num_blocks)
-{
-    int64_t width = 1;
-    for (int number = 0; number < num_blocks; number++)
-        width = blocks[number].width > width ? blocks[number].width : width;
-    return (width + LANES - 1) / LANES * LANES;
-}
-
 /* Updates all rows of sorted ids, or writes nothing of it; `bad_rows` [num_blocks] tells of each
    block the first row that would not be finite and was left as it was, or -1. Returns 0, or -1
    where memory is missing. */
