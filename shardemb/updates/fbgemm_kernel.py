@@ -5,6 +5,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -54,6 +55,11 @@ class FbgemmKernel(RowKernel):
             self._set_lr()
             output: torch.Tensor = self.held(ids_N, offsets, weights_N)
         return output, _Fused(output=output, lr=self._lr) if self._fused else None
+
+    def _weigh_later(self, ids_N: torch.Tensor, offsets: torch.Tensor) -> NoReturn:  # noqa: ARG002
+        raise AssertionError(
+            "weights that require a gradient are refused where batches are checked"
+        )
 
     def _keep(self, found: _Fused | None) -> None:
         self._last = found

@@ -6,6 +6,7 @@ is here, but for the lookup and the update, which are FBGEMM's or our own.
 
 # B bags of a feature, F features, N ids, D width
 
+import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Shard:
     rows: ShardRows | None
 
 
-class RowKernel(nn.Module):
+class RowKernel(nn.Module, abc.ABC):
     """Looks up rows, and keeps gradients until the optimizer of `build_optimizer` steps.
 
     Args:
@@ -122,21 +123,21 @@ class RowKernel(nn.Module):
         )
         return kept
 
+    @abc.abstractmethod
     def _look_up(
         self, ids_N: torch.Tensor, offsets: torch.Tensor, weights_N: torch.Tensor | None
     ) -> tuple[torch.Tensor, Any]:
         """The output, and what `_keep` is to know of it when its gradient comes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _weigh_later(
         self, ids_N: torch.Tensor, offsets: torch.Tensor
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """What makes the gradient of the weights [N] of that of the output."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _keep(self, found: Any) -> None:
         """Is told of a lookup whose gradient came."""
-        raise NotImplementedError
 
     def clear(self) -> None:
         """Forgets all gradients."""
@@ -152,13 +153,13 @@ class RowKernel(nn.Module):
         for rows, is_stale in zip(self.trained, stale, strict=True):
             rows.is_stale = is_stale
 
+    @abc.abstractmethod
     def choose(self, *, watched: bool) -> None:
         """Chooses the blocks that the kernel updates by itself in this step.
 
         Args:
             watched: Whether the gradients are to be seen or scaled before.
         """
-        raise NotImplementedError
 
     def merged(self) -> Iterable[tuple[ShardRows, RowGradients]]:
         """The rows to update in the other blocks, with their gradients."""
@@ -176,10 +177,11 @@ class RowKernel(nn.Module):
     def _merge(self, shard: Shard) -> RowGradients:
         return merge(self._lookups, shard.features)
 
+    @abc.abstractmethod
     def own_square(self) -> float:
         """The sum of the squares of the gradients in those blocks."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def step(self, scale: float) -> Mapping[ShardRows, int]:
         """Updates the rows of the blocks that were chosen.
 
@@ -189,7 +191,6 @@ class RowKernel(nn.Module):
         Returns:
             Of some blocks the first row that was left as it was, as it would not have been finite.
         """
-        raise NotImplementedError
 
     def sample_of(self, rows: ShardRows, row: int) -> tuple[int, int] | None:
         """Whose sample looked a row up; one with a gradient that is not finite, if there is one.
